@@ -1,0 +1,569 @@
+"""Data: read the standard pickles safely, make a synthetic stand-in, drop frames and streams.
+
+    python data.py check FILE|DIR                                   what a file is, or what is wrong with it
+    python data.py synthesize mosi|mosei|iemocap --out DIR          write a stand-in in MulT's layout
+
+Formats: MulT's (split -> text, audio, vision, labels, id) and MMSA's (split -> text, audio, vision,
+regression_labels, id, audio_lengths, ...); splits are train, valid, test. A split in memory is one dict:
+
+    text, audio, vision   float32 (N, T_m, d_m) on the device; each clip starts at position 0, padding is zero
+    real                  stream -> bool (N, T_m) on the CPU, True = not padding
+    label                 float32 (N,) in [-3, 3], or (N, 4) of 0 and 1: neutral, happy, sad, angry
+    id                    list of N strings ([] where the file has none)
+
+Masks have one convention everywhere: `real` True = not padding; `present` True = the frame is there.
+"""
+import argparse
+import hashlib
+import math
+import pickle
+import re
+import sys
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+STREAMS = ("text", "audio", "vision")
+SPLITS = ("train", "valid", "test")
+SETS = {"l": ("text",), "a": ("audio",), "v": ("vision",), "la": ("text", "audio"), "lv": ("text", "vision"),
+        "av": ("audio", "vision"), "lav": STREAMS}      # the papers' available sets
+RATES = tuple(i / 10 for i in range(11))
+EMOTIONS = ("neutral", "happy", "sad", "angry")         # the order in MulT's file
+SIZES = {"mosi": (1284, 229, 686), "mosei": (16326, 1871, 4659), "iemocap": (2717, 798, 938)}
+FILES = {"mosi": ("mosi_data.pkl", "aligned_50.pkl", "mosi_data_noalign.pkl", "unaligned_50.pkl"),
+         "mosei": ("mosei_senti_data.pkl", "aligned_50.pkl", "mosei_senti_data_noalign.pkl", "unaligned_50.pkl"),
+         "iemocap": ("iemocap_data.pkl", "iemocap_data_noalign.pkl")}
+# As published beside the download links of MMSA; nobody publishes any for MulT's files.
+KNOWN = {"78e0f8b5ef8ff71558e7307848fc1fa929ecb078203f565ab22b9daab2e02524": "MMSA's MOSI/unaligned_50.pkl",
+         "d3994fd25681f9c7ad6e9c6596a6fe9b4beb85ff7d478ba978b124139002e5f9": "MMSA's MOSI/aligned_50.pkl",
+         "ad8b23d50557045e7d47959ce6c5b955d8d983f2979c7d9b7b9226f6dd6fec1f": "MMSA's MOSEI/unaligned_50.pkl",
+         "45eccfb748a87c80ecab9bfac29582e7b1466bf6605ff29d3b338a75120bf791": "MMSA's MOSEI/aligned_50.pkl"}
+SYNTHETIC = "SYNTHETIC stand-in, version 1"
+CHUNK = 256             # clips handled at a time: bounds every temporary copy
+LARGE = 1 << 20         # bytes from which an array stays in the file until it is needed
+
+
+class DataError(Exception):
+    """A user's mistake, told in one or two sentences."""
+
+
+# ---------------------------------------------------------------------------------- reading pickles
+
+class _File:
+    """The pickle's bytes. A large block is not read but noted, so that each array is later read from the
+    file piece by piece: no second copy, and what nobody asks for (other splits, text_bert) is never read."""
+
+    def __init__(self, path: Path):
+        self.file, self.size, self.blocks = open(path, "rb"), path.stat().st_size, {}
+        self.read, self.readline = self.file.read, self.file.readline
+
+    def readinto(self, view) -> int:
+        if len(view) < LARGE:
+            return self.file.readinto(view)
+        offset = self.file.tell()
+        if offset + len(view) > self.size:
+            raise EOFError(f"the file ends {offset + len(view) - self.size} bytes too early")
+        self.blocks[np.frombuffer(view, "u1").ctypes.data] = offset
+        self.file.seek(len(view), 1)
+        return len(view)
+
+
+class _DType:
+    """A pickled numpy.dtype, plain numbers, strings and objects only."""
+
+    def __init__(self, code, *_):
+        if not re.fullmatch(r"[<>|=]?([fiubSU]\d+|\?|O8?)", str(code)):
+            raise pickle.UnpicklingError(f"it holds an array of type {code!r}, which is not numbers or strings")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """A pickled numpy.ndarray; `value` is the array itself, or a memory map of it where it is large."""
+
+    def __init__(self, source: _File):
+        self.source, self.value = source, None
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, raw = state
+        self.fill(raw, dtype.dtype, shape, "F" if fortran else "C")
+
+    def fill(self, raw, dtype, shape, order):
+        if isinstance(raw, str):                                # written by Python 2
+            raw = raw.encode("latin1")
+        count = len(raw) if dtype.hasobject else len(raw) / max(1, dtype.itemsize)
+        if min(shape, default=0) < 0 or math.prod(shape) != count:
+            raise pickle.UnpicklingError(f"an array of shape {tuple(shape)} comes with data for {count:g} values")
+        if dtype.hasobject:
+            self.value = np.empty(count, object)
+            self.value[:] = raw
+            self.value = self.value.reshape(shape, order=order)
+        elif len(raw) < LARGE:
+            self.value = np.frombuffer(raw, dtype).reshape(shape, order=order)
+        else:
+            start = np.frombuffer(raw, "u1").ctypes.data
+            if start in self.source.blocks:
+                offset = self.source.blocks[start]
+                self.value = np.memmap(self.source.file.name, dtype, "r", offset, tuple(shape), order)
+            elif self.source.blocks:
+                raise pickle.UnpicklingError("array data stands where none is expected")
+            else:
+                self.value = np.frombuffer(raw, dtype).reshape(shape, order=order)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds numpy arrays and plain containers; whatever else a pickle asks for is refused, by name."""
+
+    def __init__(self, source: _File):
+        super().__init__(source, encoding="latin1")
+        self.source = source
+
+    def find_class(self, module, name):
+        where = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
+        admitted = {"numpy.core.multiarray._reconstruct": self._reconstruct, "numpy.ndarray": "ndarray",
+                    "numpy.core.multiarray.scalar": self._scalar, "numpy.dtype": _DType,
+                    "numpy.core.numeric._frombuffer": self._frombuffer, "_codecs.encode": self._encode,
+                    "collections.OrderedDict": OrderedDict, "builtins.set": set, "builtins.bytes": self._bytes}
+        if f"{where}.{name}" not in admitted:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array; nothing of it was run")
+        return admitted[f"{where}.{name}"]
+
+    def _reconstruct(self, *_):                                 # numpy fills the array by a state that follows
+        return _Array(self.source)
+
+    def _frombuffer(self, raw, dtype, shape, order):            # protocol 5
+        array = _Array(self.source)
+        array.fill(raw, dtype.dtype, shape, order)
+        return array
+
+    def _scalar(self, dtype, raw=b""):
+        array = _Array(self.source)
+        array.fill(raw, dtype.dtype, (1,), "C")
+        return array.value[0]
+
+    def _encode(self, text, encoding="latin1"):                 # how protocols 0 to 2 carry bytes
+        return text.encode("latin1")
+
+    def _bytes(self):
+        return b""
+
+
+def _plain(value):
+    """An array, or nested lists of arrays and values, without the reader's wrappers."""
+    if isinstance(value, _Array):
+        if value.value is None:
+            raise pickle.UnpicklingError("it holds an array without data")
+        return value.value
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_pickle(path: Path) -> dict:
+    """split -> field -> array or list, for the splits train, valid and test. Runs nothing in the file."""
+    try:
+        source = _File(path)
+        with source.file:
+            content = _Unpickler(source).load()
+        if isinstance(content, dict) and all(isinstance(content.get(s), dict) for s in SPLITS):
+            return {s: {str(k): _plain(v) for k, v in content[s].items()} for s in SPLITS}
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        told = isinstance(error, (pickle.UnpicklingError, EOFError))
+        said = " ".join(str(error).split()).rstrip(".") if told else type(error).__name__
+        raise DataError(f"{path} is refused: {said}. Download it again from where the README says.") from None
+    held = f"a dict of {', '.join(map(str, list(content)[:8]))}" if isinstance(content, dict) else type(content)
+    raise DataError(f"{path} holds {held}; expected a dict of train, valid and test, each a dict of arrays.")
+
+
+def find(dataset: str, data_dir: str | Path) -> Path:
+    """The data set's file: data_dir itself if it is a file, else the first known name in it, aligned first."""
+    root = Path(data_dir)
+    if root.is_file():
+        return root
+    folders = [root, *(root / name / sub for name in (dataset.upper(), dataset) for sub in (".", "Processed"))]
+    for path in (folder / name for name in FILES[dataset] for folder in folders):
+        if path.is_file():
+            return path
+    raise DataError(f"No file of {dataset} in {root}: looked for {', '.join(FILES[dataset])}. "
+                    "Get one from where the README says, or add --synthetic to run on made-up data.")
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------- splits in memory
+
+def _count(field) -> int:
+    return len(field) if isinstance(field, list) or getattr(field, "ndim", 0) else 0
+
+
+def _rows(array: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """array[start:stop]; of a large array in the file a fresh map of these rows alone, so that pages do not pile up."""
+    if isinstance(array, np.memmap) and array.flags.c_contiguous:
+        offset, shape = array.offset + start * array.strides[0], (stop - start, *array.shape[1:])
+        return np.memmap(array.filename, array.dtype, "r", offset, shape)
+    return array[start:stop]
+
+
+def _stream(fields: dict, name: str, where: str, ids: list, count: int) -> tuple:
+    """A feature array as float32 (N, T, d), which of its frames (N, T) are not all zero, and what it was.
+    -inf in audio becomes 0, as in MulT's reader."""
+    if name not in fields:
+        raise DataError(f"{where} has no '{name}', only {', '.join(fields)}.")
+    try:
+        array = np.asanyarray(fields[name])     # keeps a memory map what it is
+        if array.dtype.kind not in "fiub":
+            array = array.astype(np.float32)
+    except (ValueError, TypeError):
+        raise DataError(f"{where}: '{name}' is not an array of numbers of one shape.") from None
+    if array.ndim != 3 or 0 in array.shape:
+        raise DataError(f"{where}: '{name}' has shape {array.shape}; expected (clips, frames, features).")
+    x, seen = torch.empty(count, *array.shape[1:]), torch.empty(count, array.shape[1], dtype=torch.bool)
+    minus, bad, first = 0, 0, None
+    for i in range(0, count, CHUNK):
+        with np.errstate(over="ignore"):
+            part = torch.from_numpy(_rows(array, i, min(count, i + CHUNK)).astype(np.float32))
+        if name == "audio":
+            minus += int((part == -torch.inf).sum())
+            part.masked_fill_(part == -torch.inf, 0)
+        wrong = ~part.isfinite()
+        if wrong.any():
+            first = i + int(wrong.flatten(1).any(1).nonzero()[0]) if first is None else first
+            bad += int(wrong.sum())
+        x[i:i + CHUNK], seen[i:i + CHUNK] = part, (part != 0).any(-1)
+    if bad:
+        raise DataError(f"{where}: '{name}' has {bad} values that are NaN, infinite or too large for float32, first in "
+                        f"clip {ids[first] if ids else first}. Repair the file or download it again.")
+    return x, seen, f"{array.dtype}" + (f", {minus} values of -inf read as 0" if minus else "")
+
+
+def _labels(fields: dict, dataset: str, where: str) -> torch.Tensor:
+    """(N,) sentiment in [-3, 3], or (N, 4) emotions of 0 and 1, from any of the published forms."""
+    key = next((k for k in ("labels", "regression_labels") if k in fields), None)
+    if key is None:
+        raise DataError(f"{where} has neither 'labels' nor 'regression_labels', only {', '.join(fields)}.")
+    try:
+        label = torch.from_numpy(np.array(fields[key], dtype=np.float32))
+    except (ValueError, TypeError):
+        raise DataError(f"{where}: '{key}' is not an array of numbers.") from None
+    n = label.shape[0] if label.ndim else 0
+    if dataset == "iemocap":
+        if label.shape[1:] == (4, 2) and torch.equal(label.sum(-1), torch.ones(n, 4)):
+            label = label[..., 1]                               # one-hot: no, yes
+        if label.shape[1:] != (4,) or not ((label == 0) | (label == 1)).all():
+            raise DataError(f"{where}: '{key}' of shape {tuple(label.shape)} is not four yes/no emotions a clip: "
+                            "(N, 4) of 0 and 1, or (N, 4, 2) one-hot.")
+    else:
+        if label.numel() != n:
+            raise DataError(f"{where}: '{key}' of shape {tuple(label.shape)} is not one sentiment score a clip.")
+        label = label.reshape(n)
+        if not (label.abs() <= 3).all():
+            raise DataError(f"{where}: '{key}' leaves the range [-3, 3] of {dataset}, or is NaN.")
+    return label
+
+
+def _ids(fields: dict) -> list[str]:
+    """'a/b/c' of the non-empty parts of each id; ids come as strings, bytes, or rows of either."""
+    def text(part):
+        return part.decode("utf-8", "replace") if isinstance(part, bytes) else str(part)
+    rows = fields.get("id", []) if _count(fields.get("id")) else []
+    return ["/".join(filter(None, map(text, row))) if isinstance(row, list) else text(row)
+            for row in (rows.tolist() if isinstance(rows, np.ndarray) else rows)]
+
+
+def _spans(seen: torch.Tensor, length) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and behind-last real frame of each clip (0, 0 where there is none): the span of the frames that are
+    `seen` (N, T), widened to a stated length where that covers the span from the front or from the back."""
+    frames = torch.arange(seen.shape[1])
+    start = torch.where(seen, frames, seen.shape[1]).amin(1)
+    stop = torch.where(seen, frames + 1, 0).amax(1)
+    start = start.minimum(stop)
+    if length is not None:
+        length = torch.as_tensor(np.array(length, dtype=np.int64))[:len(seen)].clamp(1, seen.shape[1])
+        back = (stop > 0) & (stop <= length)                    # padded behind, the stated length fits
+        front = (stop == seen.shape[1]) & (start >= stop - length) & ~back
+        start = torch.where(back, 0, torch.where(front, stop - length, start))
+        stop = torch.where(back, length, stop)
+    return start, stop
+
+
+def tensors(fields: dict, dataset: str, where: str, limit: int | None = None) -> dict:
+    """One split's arrays, checked and shifted to position 0, as the dict that the file's opening describes, and
+    "facts" for `check`: stream -> what the file held."""
+    label, ids = _labels(fields, dataset, where), _ids(fields)
+    sizes = {m: _count(fields[m]) for m in STREAMS if m in fields}
+    if {*sizes.values(), len(ids) or len(label)} - {len(label)}:
+        raise DataError(f"{where}: {len(label)} labels, {len(ids)} ids and "
+                        f"{', '.join(f'{n} clips of {m}' for m, n in sizes.items())} do not match.")
+    count = min(len(label), limit or len(label))
+    split, seen, facts = {"label": label[:count], "id": ids[:count], "real": {}}, {}, {}
+    for m in STREAMS:
+        split[m], seen[m], facts[m] = _stream(fields, m, where, ids, count)
+        fields[m] = None                                        # a stand-in's array is no longer needed
+    aligned = len({seen[m].shape[1] for m in STREAMS}) == 1
+    if aligned:
+        seen = dict.fromkeys(STREAMS, seen["text"] | seen["audio"] | seen["vision"])
+    for m in STREAMS:
+        start, stop = _spans(seen[m], None if aligned else fields.get(f"{m}_lengths"))
+        frames = torch.arange(seen[m].shape[1])
+        split["real"][m] = frames < (stop - start)[:, None]
+        for i in (i for i in range(0, count, CHUNK) if start[i:i + CHUNK].any()):
+            part, source = split[m][i:i + CHUNK], frames + start[i:i + CHUNK, None]
+            moved = part.gather(1, source.clamp(max=len(frames) - 1)[..., None].expand_as(part))
+            part.copy_(moved * split["real"][m][i:i + CHUNK, :, None])
+        front, behind = int((start > 0).sum()), int(((stop > 0) & (stop < len(frames))).sum())
+        facts[m] += f", zero padding {'in front' if front > behind else 'behind' if behind else 'nowhere'}"
+    return {**split, "facts": facts}
+
+
+def statistics(split: dict) -> dict:
+    """Mean and standard deviation of each feature over the frames that are not all zero: stream -> (mean, std)."""
+    result = {}
+    for m in STREAMS:
+        def frames():
+            return (part[(part != 0).any(-1)].double() for part in split[m].split(CHUNK))
+        count = max(1, sum(len(part) for part in frames()))
+        mean = sum(part.sum(0) for part in frames()) / count
+        std = (sum((part - mean).square().sum(0) for part in frames()) / count).sqrt()  # not from E[x^2]: cancellation
+        result[m] = (mean.float(), torch.where(std > 1e-7 * mean.abs(), std, 1.0).float())
+    return result
+
+
+def standardize(split: dict, stats: dict) -> None:
+    """In place: (x - mean) / std clipped to +-5; frames of zeros (padding, a face not found) stay zero, the mean."""
+    for m in STREAMS:
+        mean, std = stats[m]
+        if len(mean) != split[m].shape[2]:
+            raise DataError(f"The data has {split[m].shape[2]} features of {m}, the run was trained on {len(mean)}.")
+        for part in split[m].split(CHUNK):
+            seen = (part != 0).any(-1, keepdim=True)
+            part.sub_(mean).div_(std).clamp_(-5, 5).mul_(seen)
+
+
+def load(dataset: str, data_dir: str | Path = "data", splits=("train", "valid"), device="cpu", normalize=True,
+         stats: dict | None = None, synthetic=False, limit: int | None = None) -> dict:
+    """The named splits, plus "dims" (stream -> width), "stats" (None without normalisation) and "source": what the
+    data is. `stats` of an earlier load replace the training split's own; `limit` keeps each split's first clips.
+    The other splits' features are not read. Memory peaks a little above the float32 size of the features."""
+    if synthetic:
+        fields = {s: stand_in(dataset, s) for s in splits}
+        source = {"file": SYNTHETIC, "sha256": None, "notes": []}
+    else:
+        path = find(dataset, data_dir)
+        fields = read_pickle(path)
+        source = {"file": str(path), "sha256": sha256(path), "notes": notes(fields, dataset)}
+    result = {}
+    for s in splits:
+        result[s] = tensors(fields.pop(s), dataset, f"{source['file']}, split {s}", limit)
+    dims = {m: result[splits[0]][m].shape[2] for m in STREAMS}
+    if any(result[s][m].shape[2] != dims[m] for s in splits for m in STREAMS):
+        raise DataError(f"{source['file']}: the splits differ in feature width.")
+    if normalize:
+        stats = stats or statistics(result["train"])
+        for s in splits:
+            standardize(result[s], stats)
+    for s in splits:
+        result[s].update({k: result[s][k].to(device) for k in (*STREAMS, "label")})
+    return {**result, "dims": dims, "stats": stats if normalize else None, "source": source}
+
+
+def notes(fields: dict, dataset: str) -> list[str]:
+    """What a careful reader of a table would want to know about this file."""
+    said, ids = [], {s: set(_ids(fields[s])) for s in SPLITS}
+    sizes = tuple(_count(fields[s].get("text")) for s in SPLITS)
+    if sizes != SIZES[dataset]:
+        said.append(f"{'/'.join(map(str, sizes))} clips: not the standard split of {dataset} "
+                    f"({'/'.join(map(str, SIZES[dataset]))})")
+    for a, b in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        if both := ids[a] & ids[b]:
+            said.append(f"{len(both)} clips stand in both {a} and {b}, for instance {min(both)}")
+    return said
+
+
+# ---------------------------------------------------------------------------------- missing frames and streams
+
+def drop(real: torch.Tensor, rate, generator: torch.Generator) -> torch.Tensor:
+    """present (N, T): floor(rate * n + u) of a clip's n real frames are gone, u uniform in [0, 1), the frames
+    uniform without replacement. rate: a number or (N,). The mean rate is exact even for clips of one frame."""
+    n = real.sum(1)
+    u = torch.rand(len(real), dtype=torch.float64, generator=generator)
+    gone = (torch.as_tensor(rate, dtype=torch.float64) * n + u).floor()
+    order = torch.rand(real.shape, generator=generator).masked_fill(~real, 2.0).argsort(1).argsort(1)
+    return real & (order >= gone[:, None])
+
+
+def training_masks(real: dict, generator: torch.Generator) -> dict:
+    """Modality random missing, present: stream -> (B, T_m). Our choice where the papers are silent: a clip keeps one
+    of the 7 non-empty sets of streams, and of each stream's frames it loses a share from 0, 0.1, ..., 0.9."""
+    count = len(real["text"])
+    available = torch.randint(1, 8, (count,), generator=generator)
+    present = {}
+    for bit, m in enumerate(STREAMS):
+        rate = torch.randint(0, 10, (count,), generator=generator).double() / 10
+        present[m] = drop(real[m], rate, generator) & (available >> bit & 1).bool()[:, None]
+    return present
+
+
+def evaluation_masks(real: dict, condition: str | float, split: str, seed: int = 0) -> dict:
+    """Fixed masks of a whole split: a set ("l" ... "lav") keeps its streams whole, a rate p drops that share of
+    the frames of every stream. They depend on seed, split and condition alone."""
+    if condition in SETS:
+        return {m: real[m] if m in SETS[condition] else torch.zeros_like(real[m]) for m in STREAMS}
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{split}/{condition:.3f}".encode()))
+    return {m: drop(real[m], condition, generator) for m in STREAMS}
+
+
+def realised(present: dict, real: dict) -> dict:
+    """stream -> the share of its real frames that is gone."""
+    return {m: 1 - present[m].sum().item() / max(1, real[m].sum().item()) for m in STREAMS}
+
+
+def batches(real: dict, index: torch.Tensor, size: int, generator: torch.Generator, pool: int = 4):
+    """`index` as random batches of clips of similar length: sorted by length, ties at random, cut into pools of
+    `pool` batches, shuffled inside each pool, the batches in random order."""
+    index = index[torch.randperm(len(index), generator=generator)]
+    index = index[sum(real[m][index].sum(1) for m in STREAMS).argsort(stable=True)]
+    index = torch.cat([p[torch.randperm(len(p), generator=generator)] for p in index.split(pool * size)])
+    groups = index.split(size)
+    return [groups[i] for i in torch.randperm(len(groups), generator=generator)]
+
+
+def batch(split: dict, index: torch.Tensor) -> tuple[dict, dict]:
+    """The clips of `index` cut to their longest: streams on the device, real on the CPU."""
+    real = {m: split["real"][m][index] for m in STREAMS}
+    longest = {m: max(1, int(real[m].sum(1).max())) for m in STREAMS}
+    return ({m: split[m][:, :longest[m]][index.to(split[m].device)] for m in STREAMS},
+            {m: real[m][:, :longest[m]] for m in STREAMS})
+
+
+# ---------------------------------------------------------------------------------- the synthetic stand-in
+
+# Measured on MOSI where known, else from the data sets' papers: label mean and deviation before clipping, share of
+# zeros; median and spread of the log length. Strengths are calibrated: see stand_in.
+_LABELS = {"mosi": ((.25, 1.62, .04), (.33, 1.78, .05), (-.34, 1.72, .04)), "mosei": ((.25, 1.15, .22),) * 3,
+           "iemocap": ((.36, .25, .20, .19), (.36, .25, .20, .19), (.409, .144, .206, .241))}
+_LENGTHS = {"mosi": (50, 11, .64), "mosei": (50, 19, .6), "iemocap": (20, 12, .5)}
+_WIDTHS = {"text": 300, "audio": 74, "vision": 35}
+_STRENGTH = {"text": 2.0, "audio": .65, "vision": .5}
+
+
+def stand_in(dataset: str, split: str, seed: int = 0) -> dict:
+    """Made-up features in the real sizes, as MulT's pickle holds them: front-padded float32 arrays.
+
+    A frame is a mix of 12 hidden factors. In a few frames of a clip, marked by one factor, others carry the label plus
+    noise of the clip and stream: little noise in text, more in audio and vision, so each holds a part of its own.
+    """
+    n, position = SIZES[dataset][SPLITS.index(split)], SPLITS.index(split)
+    rng = np.random.default_rng([seed, zlib.crc32(dataset.encode()), position])
+    longest, median, spread = _LENGTHS[dataset]
+    length = np.clip(np.rint(median * np.exp(spread * rng.standard_normal(n))), 2, longest).astype(int)
+    if dataset == "iemocap":
+        labels = np.eye(4, dtype=np.float32)[rng.choice(4, n, p=_LABELS[dataset][position])]
+        signal, labels = labels - .25, np.stack((1 - labels, labels), -1)
+    else:
+        mean, deviation, zeros = _LABELS[dataset][position]
+        y = np.clip(np.rint(5 * rng.normal(mean, deviation, n)) / 5, -3, 3)
+        y[y == 0] = rng.choice([-.2, .2], (y == 0).sum())       # the share of zeros is set, not left to rounding
+        y[rng.random(n) < zeros] = 0
+        signal, labels = y[:, None] / 1.5, y.astype(np.float32).reshape(n, 1, 1)
+    fields = {"labels": labels}
+    for m in STREAMS:
+        shared = np.random.default_rng([seed, zlib.crc32(f"{dataset}/{m}".encode())])      # the same in all splits
+        mix, scale = shared.standard_normal((12, _WIDTHS[m])), 10 ** shared.uniform(-1, 1, _WIDTHS[m])
+        offset = scale * shared.standard_normal(_WIDTHS[m])
+        told = _STRENGTH[m] * signal + rng.standard_normal(signal.shape)
+        x = np.zeros((n, longest, _WIDTHS[m]), np.float32)
+        for i in range(0, n, CHUNK):
+            here = length[i:i + CHUNK, None]
+            factors = rng.standard_normal((len(here), longest, 12)).astype(np.float32)
+            chosen = rng.random((len(here), longest)) < .2
+            chosen[np.arange(len(here)), -1 - rng.integers(0, here[:, 0])] = True          # at least one frame
+            factors[..., 0] += 3 * chosen
+            factors[..., 1:1 + signal.shape[1]] += 1.5 * chosen[..., None] * told[i:i + CHUNK, None]
+            frames = factors @ np.float32(mix * scale)
+            frames += rng.standard_normal(frames.shape, np.float32) * np.float32(scale) + np.float32(offset)
+            frames[np.arange(longest) < longest - here] = 0
+            x[i:i + CHUNK] = frames
+        fields[m] = x
+    names = np.array([[f"{split}{i}", "0", "1"] for i in range(n)])
+    return {**fields, "id": names.astype("S") if dataset == "mosi" else names}
+
+
+# ---------------------------------------------------------------------------------- command line
+
+def check(path: Path) -> None:
+    """Print what one file is; raises DataError on what is wrong with it."""
+    fields, digest = read_pickle(path), sha256(path)
+    train = fields["train"]
+    emotions = np.shape(train.get("labels", ()))[1:2] == (4,)
+    sizes = tuple(_count(fields[s].get("text")) for s in SPLITS)
+    dataset = next((d for d in SIZES if SIZES[d] == sizes), "iemocap" if emotions else "mosi")
+    print(f"{path}\n  layout {'MMSA' if 'regression_labels' in train else 'MulT'}, "
+          f"labels: {'emotions' if emotions else 'sentiment'}\n"
+          f"  SHA-256 {digest}: {KNOWN.get(digest, 'not one of the files whose hash the README lists')}")
+    said = notes(fields, dataset)
+    for s in SPLITS:
+        split = tensors(fields[s], dataset, f"{path}, split {s}")
+        y = split["label"]
+        print(f"  {s}: {len(y)} clips")
+        for m in STREAMS:
+            n = split["real"][m].sum(1).float()
+            print(f"    {m:6s} {tuple(split[m].shape)} {split['facts'][m]}; real frames: mean {n.mean():.1f}, median "
+                  f"{n.median():.0f}, most {n.max():.0f}, clips without any: {int((n == 0).sum())}")
+        print("    labels " + (
+            ", ".join(f"{e} {100 * share:.1f} %" for e, share in zip(EMOTIONS, y.mean(0))) if dataset == "iemocap" else
+            f"{y.min():.1f} to {y.max():.1f}, mean {y.mean():.2f}, std {y.std():.2f}, "
+            f"{100 * (y > 0).float().mean():.1f} % positive, {100 * (y == 0).float().mean():.1f} % zero"))
+    for note in said:
+        print(f"  note: {note}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Check a data file, or write a synthetic one.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("check", help="print what a file is, or what is wrong with it; exit 0 or 1")
+    one.add_argument("path", type=Path, help="a pickle, or a folder whose pickles are all checked")
+    two = commands.add_parser("synthesize", help="write a SYNTHETIC stand-in in the layout of MulT's pickles")
+    two.add_argument("dataset", choices=SIZES)
+    two.add_argument("--out", type=Path, required=True, help="folder for the file")
+    args = parser.parse_args()
+    try:
+        if args.command == "check":
+            paths = sorted(args.path.rglob("*.pkl")) if args.path.is_dir() else [args.path]
+            if not paths:
+                raise DataError(f"No .pkl file in {args.path}.")
+            for path in paths:
+                check(path)
+        else:
+            path = args.out / FILES[args.dataset][0]
+            if path.exists():
+                raise DataError(f"{path} exists already; it is left as it is. Name another folder, or remove it.")
+            args.out.mkdir(parents=True, exist_ok=True)
+            beside = path.with_suffix(".tmp")
+            try:
+                with open(beside, "wb") as file:
+                    pickle.dump({s: stand_in(args.dataset, s) for s in SPLITS}, file, protocol=4)
+                beside.replace(path)
+            finally:
+                beside.unlink(missing_ok=True)
+            print(f"wrote {path}: {SYNTHETIC}, not {args.dataset}")
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if args.command == "check" else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
