@@ -1,0 +1,396 @@
+"""Evaluate trained runs under missing modalities and print the papers' tables.
+
+    python eval.py runs/corrkd-mosi-*                       seven available sets, then frame dropping p = 0.0 ... 1.0
+    python eval.py runs/corrkd-mosi-* --protocol combos --format markdown --json table.json
+
+Runs of the same method, data and ablation are averaged over their seeds. Each run folder gets a results.json.
+"""
+import argparse
+import csv
+import hashlib
+import io
+import json
+import os
+import statistics
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.metrics import auc, f1_score
+
+import corrkd
+import data
+from data import DataError
+
+METHODS = {"corrkd": (corrkd, corrkd.CorrKD)}
+COLUMNS = ("l", "a", "v", "la", "lv", "av", "avg", "lav")
+TITLES = {**{c: "{" + ",".join(c) + "}" for c in COLUMNS}, "avg": "Avg."}
+SHOWN = ("happy", "sad", "angry", "neutral")    # the papers' order of emotions
+
+
+# ---------------------------------------------------------------------------------- predictions and metrics
+
+def targets(label: torch.Tensor, task: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which clips count (indices), and their classes: polarity leaves sentiment 0 out and calls > 0 class 1."""
+    if task == "polarity":
+        index = label.nonzero()[:, 0]
+        if len(index) == 0:
+            raise DataError("A split has no clip whose sentiment is not 0: no polarity to learn or to measure.")
+        return index, (label[index] > 0).long()
+    return torch.arange(len(label), device=label.device), label.long()
+
+
+def metrics(task: str, answer: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Weighted F1 in per cent: one for polarity, one for each emotion. answer, truth: classes (n,) or (n, 4)."""
+    if task == "polarity":
+        names, answer, truth = ["F1"], answer[:, None], truth[:, None]
+    else:
+        names = [f"F1 {e}" for e in SHOWN]
+        order = [data.EMOTIONS.index(e) for e in SHOWN]
+        answer, truth = answer[:, order], truth[:, order]
+    return {name: 100 * float(f1_score(y_true=t, y_pred=a, average="weighted", zero_division=0))
+            for name, a, t in zip(names, answer.T, truth.T)}
+
+
+@torch.no_grad()
+def encode(model, m: str, split: dict, present: torch.Tensor, size: int) -> torch.Tensor:
+    """Stream m of a whole split under one mask, (N, d), in batches of clips of similar length."""
+    length = split["real"][m].sum(1)
+    parts, order = [], length.argsort(stable=True)
+    for index in order.split(size):
+        cut = max(1, int(length[index[-1]]))
+        x = split[m][:, :cut][index.to(split[m].device)]
+        masks = [mask[index, :cut].to(x.device) for mask in (split["real"][m], present)]
+        parts.append(model.encode(m, x * masks[1][..., None], masks[0]))
+    return torch.cat(parts)[order.argsort().to(x.device)]
+
+
+@torch.no_grad()
+def encode_absent(model, m: str, split: dict, size: int) -> torch.Tensor:
+    """Stream m removed, (N, d): all its frames are zeros, so clips of one length share one answer."""
+    length, clip = split["real"][m].sum(1).unique(return_inverse=True)
+    device, frames = split[m].device, torch.arange(max(1, int(length.max())))
+    zeros = split[m].new_zeros(min(size, len(length)), len(frames), split[m].shape[2])
+    rows = [model.encode(m, zeros[:len(part)], (frames < part[:, None]).to(device)) for part in length.split(size)]
+    return torch.cat(rows)[clip.to(device)]
+
+
+@torch.no_grad()
+def predict(model, split: dict, conditions, name: str, mask_seed: int = 0, size: int = 256):
+    """For each condition (a set like "la", or a rate of dropped frames): outputs (N, ...) and the realised rates.
+
+    A method with `encode` and `classify` treats its streams one by one: each is then encoded once present and
+    once absent, and the sets are put together from these.
+    """
+    model.eval()
+    separate = hasattr(model, "encode")
+    if separate:
+        whole = {m: encode(model, m, split, split["real"][m], size) for m in data.STREAMS}
+        absent = {m: encode_absent(model, m, split, size) for m in data.STREAMS}
+    for condition in conditions:
+        present = data.evaluation_masks(split["real"], condition, name, mask_seed)
+        if separate:
+            parts = [whole[m] if torch.equal(present[m], split["real"][m]) else absent[m] if not present[m].any()
+                     else encode(model, m, split, present[m], size) for m in data.STREAMS]
+            output = model.classify(torch.cat(parts, dim=-1))
+        else:
+            outputs = []
+            for index in torch.arange(len(split["label"])).split(size):
+                streams, real = data.batch(split, index)
+                real = {m: r.to(streams[m].device) for m, r in real.items()}
+                streams = {m: x * present[m][index, :x.shape[1]].to(x.device)[..., None] for m, x in streams.items()}
+                outputs.append(model(**streams, real=real))
+            output = torch.cat(outputs)
+        yield condition, output, data.realised(present, split["real"])
+
+
+def evaluate(model, task: str, split: dict, conditions, name: str, mask_seed: int = 0, size: int = 256) -> dict:
+    """condition -> {"n": clips that count, "realised": dropped shares, metric: value in per cent}."""
+    index, truth = targets(split["label"], task)
+    truth, result = truth.cpu().numpy(), {}
+    for condition, output, rates in predict(model, split, conditions, name, mask_seed, size):
+        answer = output[index].argmax(-1).cpu().numpy()
+        result[str(condition)] = {"n": len(truth), "realised": rates, **metrics(task, answer, truth)}
+    return result
+
+
+def averages(result: dict) -> dict:
+    """Adds "avg": each metric's mean over the six incomplete sets."""
+    names = [k for k in result["l"] if k not in ("n", "realised")]
+    return {**result, "avg": {k: statistics.fmean(result[c][k] for c in COLUMNS[:6]) for k in names}}
+
+
+def score(result: dict) -> float:
+    """What selects a checkpoint: the mean over the conditions and over the metrics."""
+    return statistics.fmean(v for c in result.values() for k, v in c.items() if k not in ("n", "realised"))
+
+
+# ---------------------------------------------------------------------------------- runs
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write beside and rename: a reader never sees half a file."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(beside, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}. Mend that, then run the command again.") from None
+    finally:
+        try:
+            beside.unlink(missing_ok=True)
+        except OSError:
+            pass
+
+
+def read_checkpoint(path: Path, device="cpu") -> dict:
+    """A checkpoint of train.py: tensors and plain values only."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: {path.parent} is no run folder, or not far enough trained.") from None
+    except Exception as error:  # a damaged file can raise anything
+        raise DataError(f"{path} is damaged or no checkpoint of train.py ({type(error).__name__}). "
+                        "Train again with --no-resume.") from None
+    if not isinstance(content, dict) or content.get("method") not in METHODS or "model" not in content:
+        raise DataError(f"{path} is no checkpoint of train.py; it has no known method in it.")
+    return content
+
+
+def build(checkpoint: dict, path: Path, device) -> torch.nn.Module:
+    """The model of a checkpoint, ready to answer."""
+    module, Model = METHODS[checkpoint["method"]]
+    try:
+        model = Model(checkpoint["dims"], checkpoint["task"], module.Config(**checkpoint["config"])).to(device)
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{path} does not fit {module.__name__}.py, so it is of another version: "
+                        f"{str(error).splitlines()[0]} Train again.") from None
+    return model.eval()
+
+
+def device_named(name: str) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise DataError(f"--device {name}: this machine or this torch has no such device. Use cpu or auto.") from None
+    return device
+
+
+def evaluate_run(folder: Path, args, device, cache: dict) -> dict:
+    """Measure one run on the asked split and write its results.json."""
+    path = folder / "best.pt"
+    run = read_checkpoint(path, device)
+    model, task = build(run, path, device), run["task"]
+    where = args.data_dir or run["data"]["file"]
+    key = (run["dataset"], run["synthetic"], str(where), run["limit"], run["normalize"], run["data"]["sha256"])
+    if key not in cache:
+        cache.clear()       # runs come sorted, and one split may fill the memory
+        stats = run["stats"] and {m: tuple(t.cpu() for t in pair) for m, pair in run["stats"].items()}
+        cache[key] = data.load(run["dataset"], where, (args.split,), device, run["normalize"], stats, run["synthetic"],
+                               run["limit"])
+    split, source = cache[key][args.split], cache[key]["source"]
+    if cache[key]["dims"] != run["dims"]:
+        raise DataError(f"{source['file']} has widths {cache[key]['dims']}, {path} was trained on {run['dims']}.")
+    conditions = list(data.SETS) * (args.protocol != "rates") + args.rates * (args.protocol != "combos")
+    measured = evaluate(model, task, split, conditions, args.split, args.mask_seed, args.batch_size)
+    truth = targets(split["label"], task)[1].cpu().numpy()
+    kept = ("method", "dataset", "ablation", "synthetic", "seed", "epoch", "limit", "normalize", "config")
+    result = {**{k: run[k] for k in kept}, "split": args.split, "mask_seed": args.mask_seed,
+              "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+              "data": source, "trained_on": run["data"],
+              "constant": metrics(task, np.broadcast_to(np.array(run["majority"]), truth.shape), truth),
+              "conditions": measured}
+    write(folder / "results.json", json.dumps(result, indent=1))
+    return result
+
+
+# ---------------------------------------------------------------------------------- tables
+
+def summary(values: list[float]) -> dict:
+    """Mean, sample standard deviation (None for one run) and n."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "n": len(values)}
+
+
+def reported(runs: list[dict]) -> dict:
+    """The paper's own numbers for what these runs are: metric -> column -> number."""
+    return METHODS[runs[0]["method"]][0].REPORTED[runs[0]["dataset"]].get(runs[0]["ablation"], {})
+
+
+def table_of_sets(runs: list[dict]) -> dict:
+    """metric -> row ("ours", "paper", "difference", "constant") -> column -> number, or a summary for ours."""
+    tables = {}
+    for metric, constant in runs[0]["constant"].items():
+        ours = {c: summary([averages(r["conditions"])[c][metric] for r in runs]) for c in COLUMNS}
+        paper = {c: reported(runs).get(metric, {}).get(c) for c in COLUMNS}
+        tables[metric] = {"ours": ours, "paper": paper,
+                          "difference": {c: None if paper[c] is None else ours[c]["mean"] - paper[c] for c in COLUMNS},
+                          "constant": dict.fromkeys(COLUMNS, constant)}
+    return tables
+
+
+def table_of_rates(runs: list[dict], rates: list[float]) -> dict:
+    """metric -> row ("ours", "paper", "constant", "realised") -> rate or "area" -> number or summary."""
+    real = {str(r): statistics.fmean(runs[0]["conditions"][str(r)]["realised"].values()) for r in rates}
+    tables = {}
+    for metric, constant in runs[0]["constant"].items():
+        curves = [[r["conditions"][str(p)][metric] for p in rates] for r in runs]
+        ours = {str(p): summary([c[i] for c in curves]) for i, p in enumerate(rates)}
+        if len(rates) > 1:      # mean height over the measured span
+            ours["area"] = summary([auc(rates, c) / (rates[-1] - rates[0]) for c in curves])
+        whole = reported(runs).get(metric, {}).get("lav")
+        tables[metric] = {"ours": ours, "paper": {str(p): None if p else whole for p in rates},
+                          "constant": dict.fromkeys(ours, constant), "realised": real}
+    return tables
+
+
+def cell(value, signed: bool = False, digits: int = 2) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return f"{value['mean']:.2f}" + (f"±{value['std']:.2f}" if value["std"] is not None else "")
+    return f"{value:{'+' if signed else ''}.{digits}f}"
+
+
+def show(table: dict, titles: dict, form: str) -> str:
+    """One table with a row each for ours, the paper, the difference, ..."""
+    some = next(iter(table.values()))["ours"]
+    lines = [["", *(titles.get(c, c) for c in some)]]
+    for metric, rows in table.items():
+        for name, row in rows.items():
+            if name == "realised" and metric != list(table)[-1]:
+                continue        # the same for all metrics: once, at the end
+            title = {"ours": f"{metric} ours (n={next(iter(some.values()))['n']})", "realised": "realised rate"}
+            lines.append([title.get(name, f"{metric} {name}"),
+                          *(cell(row.get(c), name == "difference", 3 if name == "realised" else 2) for c in some)])
+    if form == "markdown":
+        lines.insert(1, ["---"] * len(lines[0]))
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
+                     for line in lines)
+
+
+def heading(runs: list[dict], args) -> str:
+    """What a table is: whose numbers, on which data, and every reason not to compare them with the paper's."""
+    r, module = runs[0], METHODS[runs[0]["method"]][0]
+    usual = asdict(replace(module.PAPER[r["dataset"]], **module.ABLATIONS.get(r["ablation"], {})))
+    changed = [f"{k} {v}" for k, v in r["config"].items() if v != usual[k]] + ["not normalised"] * (not r["normalize"])
+    said = [" ".join(filter(None, (r["method"], r["ablation"], "on", r["dataset"])))
+            + f", {args.split} split, seeds {' '.join(str(x['seed']) for x in runs)}, mask seed {args.mask_seed}",
+            f"data: {r['data']['file']}" + (f", SHA-256 {r['data']['sha256'][:12]}" if r["data"]["sha256"] else "")]
+    said += [f"note: {n}" for n in r["data"]["notes"]]
+    if changed:
+        said.append(f"note: other settings than the defaults: {', '.join(changed)}")
+    if r["synthetic"]:
+        said.append("SYNTHETIC data: the paper's row is on real data and no comparison")
+    if r["limit"]:
+        said.append(f"note: only the first {r['limit']} clips of each split")
+    if any(x["trained_on"]["sha256"] != x["data"]["sha256"] for x in runs):
+        said.append("WARNING: this is not the file that the runs were trained on")
+    return "\n".join(said)
+
+
+def plot(groups: list, rates: list[float], path: Path) -> None:
+    """F1 against the share of dropped frames, one line a group, the band one standard deviation."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise DataError("--plot needs matplotlib: pip install matplotlib. All else works without it.") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    names = list(groups[0][2])
+    figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3.2), squeeze=False)
+    for runs, _, table in groups:
+        for axis, metric in zip(axes[0], table):
+            ours = [table[metric]["ours"][str(p)] for p in rates]
+            mean, std = np.array([o["mean"] for o in ours]), np.array([o["std"] or 0 for o in ours])
+            label = " ".join(filter(None, (runs[0]["method"], runs[0]["ablation"], "SYNTHETIC" * runs[0]["synthetic"])))
+            axis.plot(rates, mean, marker="o", label=label)
+            axis.fill_between(rates, mean - std, mean + std, alpha=.2)
+            axis.set(xlabel="share of frames dropped, p", ylabel=f"weighted {metric} (%)")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--plot {path} cannot be written: {error}.") from None
+
+
+def write_csv(groups: list, path: Path) -> None:
+    """One line a number: method, data set, ablation, metric, row, column, mean, std, n."""
+    text = io.StringIO()
+    out = csv.writer(text)
+    out.writerow(("method", "dataset", "synthetic", "ablation", "metric", "row", "column", "value", "std", "n"))
+    for runs, *tables in groups:
+        first = [runs[0][k] for k in ("method", "dataset", "synthetic", "ablation")]
+        for metric, rows in (item for table in tables for item in table.items()):
+            for row, cells in rows.items():
+                for column, v in cells.items():
+                    value = v.values() if isinstance(v, dict) else (v, None, None)
+                    out.writerow((*first, metric, row, column, *value))
+    write(path, text.getvalue())
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="python eval.py RUN [RUN ...] [options]; -h explains them")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, help="run folders of train.py")
+    add("--protocol", choices=("combos", "rates", "both"), default="both",
+        help="available sets of streams, dropped frames, or both (default)")
+    add("--rates", nargs="+", type=float, default=list(data.RATES), help="shares of frames to drop (0.0 ... 1.0)")
+    add("--mask-seed", type=int, default=0, help="seed of the fixed evaluation masks (default 0)")
+    add("--split", choices=data.SPLITS, default="test", help="default test")
+    add("--data-dir", help="data file or folder (default: the file that the run was trained on)")
+    add("--batch-size", type=int, default=256, help="clips at a time; changes no prediction (default 256)")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    add("--format", choices=("text", "markdown"), default="text", help="of the printed tables (default text)")
+    add("--json", type=Path, metavar="F", help="write all tables to F")
+    add("--csv", type=Path, metavar="F", help="write all tables to F, one number a line")
+    add("--plot", type=Path, metavar="F.png", help="draw F1 against the share of dropped frames (needs matplotlib)")
+    args = parser.parse_args(argv)
+    if not all(0 <= p <= 1 for p in args.rates) or args.batch_size < 1:
+        parser.error("--rates are shares from 0 to 1, and --batch-size is at least 1")
+    if args.plot and args.protocol == "combos":
+        parser.error("--plot draws the frame-dropping curve: leave --protocol combos out")
+    args.rates = sorted(set(args.rates))
+    return args
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    try:
+        device, cache, grouped = device_named(args.device), {}, {}
+        for folder in sorted(set(args.runs)):
+            result = evaluate_run(folder, args, device, cache)
+            same = ("dataset", "synthetic", "limit", "normalize", "method", "ablation", "config")
+            key = json.dumps([result["data"]["sha256"], *(result[k] for k in same)])
+            grouped.setdefault(key, []).append(result)
+        groups = []
+        for runs in grouped.values():
+            print(heading(runs, args), end="\n\n")
+            sets = table_of_sets(runs) if args.protocol != "rates" else {}
+            rates = table_of_rates(runs, args.rates) if args.protocol != "combos" else {}
+            for table, title in ((sets, "Available streams"), (rates, "Share of frames dropped in every stream")):
+                if table:
+                    gap = "\n" if args.format == "text" else "\n\n"
+                    print(f"{title} (weighted F1, %)", show(table, TITLES, args.format), sep=gap, end="\n\n")
+            groups.append((runs, sets, rates))
+        if args.json:
+            write(args.json, json.dumps([{"runs": r, "sets": s, "rates": t} for r, s, t in groups], indent=1))
+        if args.csv:
+            write_csv(groups, args.csv)
+        if args.plot:
+            plot(groups, args.rates, args.plot)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Speed and memory, by hand: python tests/benchmark.py [--check] [--device cuda] [--only NAME ...]
+
+Each line is a ratio of two forms of the same work, measured in turn in one process, the median of several rounds.
+"""
+import argparse
+import contextlib
+import io
+import math
+import pickle
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import corrkd
+import data
+import eval as evaluation
+import train
+
+DIMS = {"text": 300, "audio": 74, "vision": 35}
+
+
+class PlainEncoder(torch.nn.Module):
+    """The encoder as most would write it: PyTorch's own layers, dropout inside the attention too."""
+
+    def __init__(self, width_in, c):
+        super().__init__()
+        self.width = c.width
+        self.conv = torch.nn.Conv1d(width_in, c.width, 3, padding=1, bias=False)
+        layer = torch.nn.TransformerEncoderLayer(c.width, c.heads, 4 * c.width, c.dropout, batch_first=True, norm_first=True)
+        self.layers = torch.nn.TransformerEncoder(layer, c.layers, torch.nn.LayerNorm(c.width), enable_nested_tensor=False)
+        self.dropout = torch.nn.Dropout(c.dropout)
+
+    def forward(self, x, real):
+        x = math.sqrt(self.width) * self.conv(x.transpose(1, 2)).transpose(1, 2) + corrkd.sinusoid(x.shape[1], self.width, x.device)
+        x = self.layers(self.dropout(x), src_key_padding_mask=~real)
+        return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+
+
+def seconds(work, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def ratio(slow, fast, device, rounds):
+    """How often the fast form fits into the slow one: the median over rounds in which both run in turn."""
+    slow(), fast()
+    return statistics.median(seconds(slow, device) / seconds(fast, device) for _ in range(rounds))
+
+
+def student_step(device):
+    """One student step, batch 64, T = 50: against PyTorch's layers with the teacher recomputed at each step."""
+    ours, plain = (corrkd.CorrKD(DIMS, "polarity") for _ in range(2))
+    for network in (plain.teacher, plain.student):
+        network.encoders = torch.nn.ModuleDict({m: PlainEncoder(d, plain.config) for m, d in DIMS.items()})
+    complete = {m: torch.randn(64, 50, d, device=device) for m, d in DIMS.items()}
+    missing = {m: x * (torch.rand(64, 50, 1, device=device) < .5) for m, x in complete.items()}
+    real = {m: torch.ones(64, 50, dtype=torch.bool, device=device) for m in DIMS}
+    target = torch.arange(64, device=device) % 2
+
+    def step(model, stored):
+        model.to(device).begin("student")
+        model.train()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(parameters, lr=1e-3)
+        teacher = model.eval().teacher_outputs(complete, real) if stored else None
+        model.train()
+
+        def work():
+            optimizer.zero_grad()
+            model.losses(complete, missing, target, real, teacher)["total"].backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+        return work
+    return ratio(step(plain, False), step(ours, True), device, 15)
+
+
+def made_up(device):
+    """A run on MOSI's stand-in, in the student's stage, and its data."""
+    loaded = data.load("mosi", device=device, synthetic=True, splits=data.SPLITS)
+    args = train.parse(["--method", "corrkd", "--dataset", "mosi", "--synthetic"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = train.Run(args, "", 1111, loaded, device)
+    run.model.begin("student")
+    run.stage = 1
+    return run, loaded
+
+
+def epoch_by_length(device):
+    """A student epoch over MOSI's lengths: batches of similar length against every clip at 50 positions."""
+    run, loaded = made_up(device)
+    fixed = run.teacher_outputs()
+    optimizer = torch.optim.Adam((p for p in run.model.parameters() if p.requires_grad), lr=1e-3)
+    cut = data.batch
+
+    def whole(split, index):
+        return {m: split[m][index.to(device)] for m in data.STREAMS}, {m: split["real"][m][index] for m in data.STREAMS}
+
+    def epoch(batch):
+        def work():
+            data.batch = batch
+            run.train_epoch(optimizer, fixed, "epoch")
+            data.batch = cut
+        return work
+    return ratio(epoch(whole), epoch(cut), device, 5)
+
+
+def seven_sets(device):
+    """The seven available sets of MOSI's test split: streams encoded once against seven full passes."""
+    run, loaded = made_up(device)
+
+    class Whole(torch.nn.Module):
+        def forward(self, **streams):
+            return run.model(**streams)
+    form = lambda model: lambda: [output for _, output, _ in evaluation.predict(model, loaded["test"], list(data.SETS), "test")]
+    run.model.eval()
+    return ratio(form(Whole()), form(run.model), device, 7)
+
+
+def load_memory(dtype):
+    """Peak memory of loading all splits of a MOSEI-shaped pickle, in units of its float32 size."""
+    with tempfile.TemporaryDirectory() as folder:
+        rng, content, size = np.random.default_rng(0), {}, 0
+        for s, n in zip(data.SPLITS, data.SIZES["mosei"]):
+            content[s] = {m: rng.random((n, 50, d), np.float32).astype(dtype) for m, d in DIMS.items()}
+            content[s]["labels"] = np.zeros((n, 1, 1), np.float32)
+            size += sum(content[s][m].size * 4 for m in DIMS)
+        with open(Path(folder) / "mosei_senti_data.pkl", "wb") as file:
+            pickle.dump(content, file, protocol=4)
+        del content
+        code = ("import re, sys, data\n"       # not ru_maxrss: a child process starts from its parent's
+                "kib = lambda key: int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+                "before = kib('VmRSS'); loaded = data.load('mosei', sys.argv[1], data.SPLITS); print(1024 * (kib('VmHWM') - before))")
+        done = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(done.stdout) / size
+
+
+MEASUREMENTS = {    # name -> (function of the device, goal); memory has an upper goal
+    "corrkd_step": (student_step, 1.8), "corrkd_epoch": (epoch_by_length, 1.8), "corrkd_seven_sets": (seven_sets, 5.0),
+    "load_memory_float32": (lambda device: load_memory(np.float32), -1.3), "load_memory_float64": (lambda device: load_memory(np.float64), -1.3),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit 1 where a goal is missed")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
+    args = parser.parse_args()
+    device, missed = evaluation.device_named(args.device), 0
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, {train.device_name(device)}")
+    for name in args.only:
+        work, goal = MEASUREMENTS[name]
+        got = work(device)
+        missed += got < goal if goal > 0 else got > -goal
+        print(f"{name} {got:.2f}x (goal {goal}x)" if goal > 0 else f"{name} {got:.2f}x (goal at most {-goal}x)", flush=True)
+    return 1 if args.check and missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

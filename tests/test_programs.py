@@ -1,0 +1,469 @@
+"""train.py and eval.py: selection, resuming, determinism, tables, errors; in process where that is enough."""
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import corrkd
+import data
+import eval as evaluation
+import train
+from data import SPLITS, STREAMS, DataError
+from test_data import content, written
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def learnable(**changes):
+    """A small pickle whose text tells the label; 40 clips a split, unless changed."""
+    made = content(**{"n": 40, **changes})
+    for f in made.values():
+        y = f["labels"].reshape(len(f["labels"]), -1)
+        sign = np.sign(y[:, 0]) if y.shape[1] == 1 else f["labels"][:, 1, 1] * 2 - 1
+        f["text"][..., 0] = np.where(f["text"].any(-1), sign[:, None] + .1, 0)
+    return made
+
+
+def run(folder, *more, seeds=("1",), epochs="2", dataset="mosi"):
+    """train.main on folder/data, runs in folder/runs, in process."""
+    return train.main(["--method", "corrkd", "--dataset", dataset, "--data-dir", str(folder / "data"), "--out", str(folder / "runs"),
+                       "--epochs", epochs, "--batch-size", "16", "--device", "cpu", "--seeds", *seeds, *more])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two finished seeds and one ablation on the small pickle, whose splits differ in size."""
+    folder = tmp_path_factory.mktemp("trained")
+    made = learnable()
+    made["valid"] = {k: v[:30] for k, v in made["valid"].items()}
+    made["test"] = {k: v[:20] for k, v in made["test"].items()}
+    written(folder / "data", made)
+    assert run(folder, seeds=("1", "2"), epochs="3") == 0 and run(folder, "--ablate", "no_scd", seeds=("1",), epochs="3") == 0
+    return folder
+
+
+def history(folder, name="corrkd-mosi-s1"):
+    return [json.loads(line) for line in (folder / "runs" / name / "log.jsonl").read_text().splitlines()]
+
+
+def parameters(folder, name="corrkd-mosi-s1"):
+    return torch.load(folder / "runs" / name / "best.pt", weights_only=True)["model"]
+
+
+def equal(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a | b)
+
+
+# ------------------------------------------------------------------------------------- metrics
+
+def test_weighted_f1_has_its_arguments_in_the_right_order():
+    """Always "negative" on 70 negative and 30 positive clips: .7 * 2 * .7 / 1.7 = .576; swapped it would be .824."""
+    truth = np.array([0] * 70 + [1] * 30)
+    assert evaluation.metrics("polarity", np.zeros(100, int), truth)["F1"] == pytest.approx(100 * .7 * 1.4 / 1.7)
+
+
+def test_emotions_are_four_decisions_in_the_papers_order():
+    truth = np.zeros((10, 4), int)
+    truth[:4, data.EMOTIONS.index("sad")] = 1
+    got = evaluation.metrics("emotions", np.zeros((10, 4), int), truth)
+    assert list(got) == ["F1 happy", "F1 sad", "F1 angry", "F1 neutral"]
+    assert got["F1 sad"] == pytest.approx(100 * .6 * 1.2 / 1.6) and got["F1 happy"] == 100
+
+
+def test_one_class_alone_is_scored_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert evaluation.metrics("polarity", np.zeros(5, int), np.ones(5, int))["F1"] == 0
+
+
+def test_label_zero_is_left_out_of_polarity():
+    index, truth = evaluation.targets(torch.tensor([-1.0, 0.0, .2, 0.0, 3.0]), "polarity")
+    assert index.tolist() == [0, 2, 4] and truth.tolist() == [0, 1, 1]
+
+
+# ------------------------------------------------------------------------------------- predictions
+
+@pytest.mark.parametrize("lengths", [(8, 8, 8), (8, 12, 10)])
+def test_streams_encoded_once_give_what_full_passes_give(tmp_path, lengths):
+    made = content(n=30, lengths=lengths)
+    made["test"]["vision"][:7] = 0
+    split = data.load("mosi", written(tmp_path, made), SPLITS)["test"]
+    torch.manual_seed(0)
+    model = corrkd.CorrKD({m: split[m].shape[2] for m in STREAMS}, "polarity").eval()
+    conditions = [*data.SETS, 0.0, 0.3, 1.0]
+    by_size = {size: list(evaluation.predict(model, split, conditions, "test", 0, size)) for size in (7, 64)}
+    for (condition, a, rates), (_, b, _) in zip(*by_size.values()):
+        present = data.evaluation_masks(split["real"], condition, "test")
+        assert rates == data.realised(present, split["real"])
+        with torch.no_grad():
+            full = model(**{m: split[m] * present[m][..., None] for m in STREAMS}, real=split["real"])
+        torch.testing.assert_close(a, full, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_method_without_separate_streams_is_evaluated_by_full_passes(tmp_path):
+    split = data.load("mosi", written(tmp_path, content(n=30)), SPLITS)["test"]
+    torch.manual_seed(0)
+    model = corrkd.CorrKD({m: split[m].shape[2] for m in STREAMS}, "polarity").eval()
+
+    class Joint(torch.nn.Module):
+        def forward(self, text, audio, vision, real):
+            return model(text, audio, vision, real)
+
+    for (_, a, _), (_, b, _) in zip(evaluation.predict(Joint(), split, [*data.SETS, .5], "test", 0, 7), evaluation.predict(model, split, [*data.SETS, .5], "test")):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------- training
+
+def test_a_run_learns_and_leaves_what_the_help_says(trained):
+    folder = trained / "runs" / "corrkd-mosi-s1"
+    assert {p.name for p in folder.iterdir()} - {"results.json"} == {"config.json", "log.jsonl", "best.pt", "last.pt"}
+    lines = history(trained)
+    assert [(h["stage"], h["epoch"]) for h in lines] == [(s, e) for s in ("teacher", "student") for e in (1, 2, 3)]
+    assert lines[2]["losses"]["task"] < lines[0]["losses"]["task"]
+    assert set(lines[-1]["losses"]) == {"task", "scd", "scd_active", "cpd", "rcd", "total"} and 0 <= lines[-1]["losses"]["scd_active"] <= 1
+    best = max(lines[3:], key=lambda h: h["score"])
+    checkpoint = torch.load(folder / "best.pt", weights_only=True)
+    assert checkpoint["epoch"] == best["epoch"] and checkpoint["config"]["lr"] == 4e-3
+    assert best["score"] == pytest.approx(statistics.fmean(best["valid"][c]["F1"] for c in data.SETS))
+    assert best["valid"]["l"]["n"] == 30 and best["valid"]["l"]["F1"] > 90
+    torch.load(folder / "last.pt", weights_only=True)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["data"]["sha256"] == data.sha256(trained / "data" / "mosi_data.pkl") and config["commit"] and config["versions"]["torch"]
+
+
+def test_two_runs_are_bit_equal_and_seeds_differ(trained, tmp_path):
+    (tmp_path / "data").symlink_to(trained / "data")
+    run(tmp_path, epochs="3")
+    for name in ("log.jsonl", "best.pt", "last.pt"):
+        a, b = ((f / "runs" / "corrkd-mosi-s1" / name).read_bytes() for f in (trained, tmp_path))
+        assert a == b.replace(str(tmp_path).encode(), str(trained).encode()) or name.endswith("pt") and equal(parameters(trained), parameters(tmp_path))
+    assert not equal(parameters(trained), parameters(trained, "corrkd-mosi-s2"))
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
+def test_an_interrupted_run_ends_as_if_never_interrupted(trained, tmp_path, monkeypatch, capsys, stop_after):
+    """Stopped in the middle of the epoch after this many, in the teacher's stage, between the stages, in the student's."""
+    (tmp_path / "data").symlink_to(trained / "data")
+    whole, calls = train.Run.step_loss, []
+
+    def stopping(self, *args):
+        calls.append(len(self.history))
+        if len(self.history) == stop_after and calls.count(stop_after) == 2:
+            raise KeyboardInterrupt
+        return whole(self, *args)
+
+    monkeypatch.setattr(train.Run, "step_loss", stopping)
+    assert run(tmp_path, epochs="3") == 130
+    said = capsys.readouterr().err
+    assert "the same command goes on" in said and len(history(tmp_path)) == stop_after
+    monkeypatch.setattr(train.Run, "step_loss", whole)
+    assert run(tmp_path, epochs="3") == 0
+    assert history(tmp_path) == history(trained) and equal(parameters(tmp_path), parameters(trained))
+
+
+def test_a_finished_run_is_not_run_again_and_another_configuration_is_refused(trained, capsys):
+    path = trained / "runs" / "corrkd-mosi-s1" / "last.pt"
+    before = path.stat().st_mtime_ns
+    assert run(trained, epochs="3") == 0 and "finished already" in capsys.readouterr().out
+    for change, said in ((("--lr", "0.1"), "differs in lr"), (("--limit", "20"), "differs in limit"), (("--no-normalize",), "differs in normalize")):
+        assert run(trained, *change, epochs="3") == 2
+        error = capsys.readouterr().err
+        assert said in error and len(error.splitlines()) == 1
+    assert run(trained, epochs="4") == 2 and "differs in epochs" in capsys.readouterr().err
+    assert path.stat().st_mtime_ns == before
+
+
+def test_starting_over_replaces_a_run(tmp_path):
+    written(tmp_path / "data", learnable())
+    run(tmp_path, epochs="2")
+    assert run(tmp_path, "--no-resume", epochs="1") == 0 and len(history(tmp_path)) == 2
+
+
+def test_the_test_split_has_no_say(trained, tmp_path):
+    """Other test features and labels: the same history and the same checkpoint."""
+    made = learnable()
+    made["valid"] = {k: v[:30] for k, v in made["valid"].items()}
+    made["test"]["labels"] = -made["test"]["labels"][::-1].copy()
+    made["test"]["text"][made["test"]["text"] != 0] = 3.0
+    written(tmp_path / "data", made)
+    run(tmp_path, epochs="3")
+    assert history(tmp_path) == history(trained) and equal(parameters(tmp_path), parameters(trained))
+
+
+def test_a_model_that_only_gets_worse_still_leaves_its_first_epoch(tmp_path, monkeypatch):
+    written(tmp_path / "data", learnable())
+    falling = iter(range(0, -100, -1))
+    monkeypatch.setattr(evaluation, "score", lambda result: next(falling))
+    run(tmp_path)
+    assert torch.load(tmp_path / "runs" / "corrkd-mosi-s1" / "best.pt", weights_only=True)["epoch"] == 1
+
+
+def test_the_student_learns_from_the_best_teacher(tmp_path, monkeypatch):
+    """The teacher of the student's stage is that of its best epoch, not of its last; it does not move again."""
+    written(tmp_path / "data", learnable())
+    scores, teachers = iter([5, 9, 1, 1, 2, 3]), []
+    monkeypatch.setattr(evaluation, "score", lambda result: next(scores))
+    note = train.Run.note
+    monkeypatch.setattr(train.Run, "note", lambda self, *a: (teachers.append({k: v.clone() for k, v in self.model.teacher.state_dict().items()}), note(self, *a))[1])
+    run(tmp_path, epochs="3")
+    assert equal(teachers[3], teachers[1]) and equal(teachers[5], teachers[1]) and not equal(teachers[2], teachers[1])
+
+
+def test_ablations_share_their_start(tmp_path, capsys):
+    """The student of every ablation begins with the same weights, masks and batches: without the teacher's terms its
+    first task loss is the same."""
+    written(tmp_path / "data", learnable())
+    first = {}
+    for name in ("", "no_scd", "no_distillation"):
+        args = train.parse(["--method", "corrkd", "--dataset", "mosi", "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path)])
+        one = train.Run(args, name, 7, data.load("mosi", tmp_path / "data"), torch.device("cpu"))
+        one.stage = len(one.model.stages) - 1
+        one.model.begin("student")
+        torch.manual_seed(0), one.generator.manual_seed(0)
+        first[name] = float(one.step_loss(torch.arange(16), None)["task"].detach())
+    assert len(set(first.values())) == 1
+
+
+@pytest.mark.parametrize("ablation", list(corrkd.ABLATIONS))
+def test_every_ablation_trains_and_is_evaluated(tmp_path, ablation, capsys):
+    written(tmp_path / "data", learnable(n=20))
+    assert run(tmp_path, "--ablate", ablation, epochs="1") == 0
+    assert evaluation.main([str(tmp_path / "runs" / f"corrkd-mosi-{ablation}-s1"), "--rates", "0", "0.5"]) == 0
+    assert f"corrkd {ablation} on mosi" in capsys.readouterr().out
+
+
+def test_iemocap_with_four_heads(tmp_path, capsys):
+    written(tmp_path / "data", learnable(emotions=True), "iemocap_data.pkl")
+    assert run(tmp_path, dataset="iemocap", epochs="1") == 0
+    assert evaluation.main([str(tmp_path / "runs" / "corrkd-iemocap-s1"), "--protocol", "combos"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[1] for line in out.splitlines() if " ours (n=1) " in line and line.startswith("F1")][-4:] == ["happy", "sad", "angry", "neutral"]
+
+
+def test_unaligned_streams_and_a_stream_that_the_data_lacks(tmp_path):
+    made = learnable(lengths=(8, 12, 10))
+    for f in made.values():
+        f["vision"][:] = 0
+    written(tmp_path / "data", made)
+    assert run(tmp_path, epochs="1") == 0
+    assert all(np.isfinite(list(h["losses"].values())).all() for h in history(tmp_path))
+
+
+def test_a_validation_split_of_one_class(tmp_path):
+    made = learnable()
+    made["valid"]["labels"] = abs(made["valid"]["labels"])
+    written(tmp_path / "data", made)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(tmp_path, epochs="1") == 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tmp_path, monkeypatch, capsys):
+    written(tmp_path / "data", learnable())
+    whole = corrkd.sample_contrastive
+    monkeypatch.setattr(corrkd, "sample_contrastive", lambda *a: whole(*a) * float("nan"))
+    assert run(tmp_path, epochs="1") == 2
+    error = capsys.readouterr().err
+    assert "student epoch 1/1, step 1: the loss term 'scd' is not finite" in error and len(error.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------- tables
+
+def test_results_come_from_the_asked_split_and_do_not_depend_on_the_batch(trained, capsys):
+    folder, got = str(trained / "runs" / "corrkd-mosi-s1"), {}
+    for more in ((), ("--batch-size", "7"), ("--split", "valid"), ("--mask-seed", "1")):
+        assert evaluation.main([folder, *more]) == 0
+        got[more] = json.loads((trained / "runs" / "corrkd-mosi-s1" / "results.json").read_text())
+    assert got[()]["conditions"] == got[("--batch-size", "7")]["conditions"]
+    assert got[()]["conditions"]["l"]["n"] == 20 and got[("--split", "valid")]["conditions"]["l"]["n"] == 30
+    assert got[()]["conditions"]["0.5"] != got[("--mask-seed", "1")]["conditions"]["0.5"]
+    assert got[()]["conditions"]["la"]["realised"] == {"text": 0, "audio": 0, "vision": 1}
+    assert abs(statistics.fmean(got[()]["conditions"]["0.5"]["realised"].values()) - .5) < .05
+    y = learnable()["test"]["labels"][:20].ravel()
+    share = max((y > 0).mean(), 1 - (y > 0).mean())
+    majority = (learnable()["train"]["labels"] > 0).mean() > .5
+    share = (y > 0).mean() if majority else (y < 0).mean()
+    assert got[()]["constant"]["F1"] == pytest.approx(100 * share * 2 * share / (1 + share))
+
+
+def test_tables_against_cells_computed_by_hand():
+    """Two runs: mean, sample deviation, Avg. over six, difference to the paper, area by the trapezoidal rule."""
+    base = {"method": "corrkd", "dataset": "mosi", "ablation": "", "constant": {"F1": 40.0}}
+    made = []
+    for shift in (0.0, 3.0):
+        sets = {c: {"n": 9, "realised": {}, "F1": 60.0 + k + shift} for k, c in enumerate(data.SETS)}
+        rates = {str(p): {"n": 9, "realised": {"text": p, "audio": p, "vision": p + .03}, "F1": 80.0 - 20 * p + shift} for p in (0.0, .5, 1.0)}
+        made.append({**base, "conditions": {**sets, **rates}})
+    table = evaluation.table_of_sets(made)["F1"]
+    assert table["ours"]["l"] == {"mean": 61.5, "std": pytest.approx(4.5 ** .5), "n": 2}
+    assert table["ours"]["avg"]["mean"] == pytest.approx((60 + 61 + 62 + 63 + 64 + 65) / 6 + 1.5)
+    assert table["difference"]["l"] == pytest.approx(61.5 - 81.20) and table["paper"]["avg"] == 74.69
+    assert set(table["constant"].values()) == {40.0}
+    curve = evaluation.table_of_rates(made, [0.0, .5, 1.0])["F1"]
+    assert curve["ours"]["area"]["mean"] == pytest.approx(71.5) and curve["ours"]["0.5"]["mean"] == 71.5
+    assert curve["paper"] == {"0.0": 83.94, "0.5": None, "1.0": None} and curve["realised"]["0.5"] == pytest.approx(.51)
+    text = evaluation.show({"F1": table}, evaluation.TITLES, "text").splitlines()
+    assert text[0].split() == ["{l}", "{a}", "{v}", "{l,a}", "{l,v}", "{a,v}", "Avg.", "{l,a,v}"]
+    assert text[1].split()[:4] == ["F1", "ours", "(n=2)", "61.50±2.12"] and text[3].split()[:3] == ["F1", "difference", "-19.70"]
+    assert evaluation.show({"F1": table}, evaluation.TITLES, "markdown").splitlines()[1].startswith("| --- | ---")
+    alone = evaluation.table_of_sets([{**made[0], "ablation": "no_rcd"}])["F1"]
+    assert alone["ours"]["l"]["std"] is None and alone["paper"]["l"] is None and alone["difference"]["l"] is None
+    assert evaluation.table_of_sets([{**made[0], "ablation": "no_cpd"}])["F1"]["paper"]["avg"] == 71.81
+
+
+def test_the_printed_tables_and_their_files(trained, tmp_path, capsys):
+    runs = [str(trained / "runs" / n) for n in ("corrkd-mosi-s1", "corrkd-mosi-s2", "corrkd-mosi-no_scd-s1")]
+    assert evaluation.main([*runs, "--rates", "0", "0.5", "1", "--json", str(tmp_path / "t.json"), "--csv", str(tmp_path / "t.csv")]) == 0
+    out = capsys.readouterr().out
+    for part in ("corrkd on mosi, test split, seeds 1 2", "corrkd no_scd on mosi", "F1 ours (n=2)", "F1 paper", "F1 difference", "F1 constant", "realised rate",
+                 "not the standard split", data.sha256(trained / "data" / "mosi_data.pkl")[:12]):
+        assert part in out, part
+    written_table = json.loads((tmp_path / "t.json").read_text())
+    means = [[json.loads((Path(r) / "results.json").read_text())["conditions"]["l"]["F1"] for r in runs[:2]]]
+    assert written_table[1]["sets"]["F1"]["ours"]["l"]["mean"] == pytest.approx(statistics.fmean(means[0])) or \
+        written_table[0]["sets"]["F1"]["ours"]["l"]["mean"] == pytest.approx(statistics.fmean(means[0]))
+    with open(tmp_path / "t.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len({(r["ablation"], r["row"], r["column"]) for r in rows}) == len(rows)
+    assert any(r["ablation"] == "no_scd" and r["row"] == "paper" and r["column"] == "avg" and float(r["value"]) == 72.46 for r in rows)
+
+
+def test_other_data_than_a_run_was_trained_on_is_a_warning(trained, tmp_path, capsys):
+    other = learnable(n=12)
+    written(tmp_path, other)
+    assert evaluation.main([str(trained / "runs" / "corrkd-mosi-s2"), "--data-dir", str(tmp_path), "--protocol", "combos"]) == 0
+    assert "WARNING: this is not the file" in capsys.readouterr().out
+    for f in other.values():
+        f["text"] = f["text"][..., :5]
+    written(tmp_path, other)
+    assert evaluation.main([str(trained / "runs" / "corrkd-mosi-s2"), "--data-dir", str(tmp_path)]) == 2
+    assert "5 features of text" in capsys.readouterr().err
+
+
+def test_the_plot(trained, tmp_path, capsys, monkeypatch):
+    run_folder = str(trained / "runs" / "corrkd-mosi-s1")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert evaluation.main([run_folder, "--plot", str(tmp_path / "f.png")]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib", reason="matplotlib is optional and not installed")
+    assert evaluation.main([run_folder, "--plot", str(tmp_path / "f.png")]) == 0
+    assert (tmp_path / "f.png").stat().st_size > 5000
+
+
+# ------------------------------------------------------------------------------------- programs as programs
+
+def program(*arguments, **more):
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, **more)
+
+
+def test_the_readmes_commands_cut_to_seconds(tmp_path):
+    """The first command of the README as it stands there, fewer clips and one seed; then the command that it prints."""
+    readme = (ROOT / "README.md").read_text()
+    command = next(line for line in readme.splitlines() if "train.py --method corrkd --dataset mosi --synthetic" in line)
+    first = command.split("python ")[-1].split()
+    assert "pip install -r requirements.txt && " in command and first[-2:] == ["--epochs", "5"]
+    done = program(ROOT / first[0], *first[1:-2], "--epochs", "1", "--limit", "60", "--seeds", "1111", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for part in ("command: python", "code: commit", "device: ", "SYNTHETIC stand-in", "parameters", "teacher 1/1", "student 1/1", "{l,a,v}"):
+        assert part in done.stdout, part
+    assert done.stderr == ""        # no progress bar where there is no terminal, no warning
+    second = done.stdout.splitlines()[-1].split("python ")[1].split()
+    done = program(ROOT / second[0], *second[1:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("SYNTHETIC") >= 2 and "F1 constant" in done.stdout and "area" in done.stdout and done.stderr == ""
+    assert "pip install -r requirements.txt && python -m pytest -q" in readme and "python -m pytest -q" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_seeds_side_by_side(trained, tmp_path):
+    """The same numbers as one after the other; a seed that fails is named and the others finish."""
+    (tmp_path / "data").symlink_to(trained / "data")
+    blocked = tmp_path / "runs" / "corrkd-mosi-s3"
+    blocked.mkdir(parents=True)
+    (blocked / "config.json").write_text("{}")
+    done = program(ROOT / "train.py", "--method", "corrkd", "--dataset", "mosi", "--data-dir", tmp_path / "data", "--out", tmp_path / "runs", "--epochs", "3",
+                   "--batch-size", "16", "--device", "cpu", "--jobs", "2", "--seeds", "1", "3")
+    assert done.returncode == 2 and "corrkd-mosi-s3 failed: error: " in done.stderr and "Traceback" not in done.stderr
+    assert "corrkd-mosi-s1: student 3/3" in done.stdout and "{l,a,v}" in done.stdout
+    one, two = history(trained), history(tmp_path)
+    assert [h["stage"] for h in one] == [h["stage"] for h in two] and one[0]["losses"]["task"] == pytest.approx(two[0]["losses"]["task"], rel=1e-4)
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    done = program(ROOT / "train.py", "--method", "corrkd", "--dataset", "iemocap", "--synthetic", "--dry-run", "--limit", "40", cwd=tmp_path)
+    assert done.returncode == 0 and "student, one batch: task" in done.stdout and not list(tmp_path.iterdir()), done.stderr
+
+
+USER_ERRORS = {
+    "no data": (["train.py", "--dataset", "mosei"], "No file of mosei in data"),
+    "no such file": (["train.py", "--data-dir", "nowhere.pkl"], "No file of mosi in nowhere.pkl"),
+    "damaged data": (["train.py", "--data-dir", "bad.pkl"], "bad.pkl is refused"),
+    "unknown ablation": (["train.py", "--synthetic", "--ablate", "no_sdc"], "no_sdc: corrkd has no_scd"),
+    "no such device": (["train.py", "--synthetic", "--device", "cuda:77"], "has no such device"),
+    "zero epochs": (["train.py", "--synthetic", "--epochs", "0"], "--epochs must be greater than 0"),
+    "out is a file": (["train.py", "--synthetic", "--limit", "40", "--out", "bad.pkl"], "cannot be made"),
+    "no run": (["eval.py", "nothing"], "best.pt does not exist"),
+    "damaged run": (["eval.py", "run"], "damaged or no checkpoint"),
+    "another checkpoint": (["eval.py", "other"], "no checkpoint of train.py"),
+    "rate 2": (["eval.py", "run", "--rates", "2"], "shares from 0 to 1"),
+    "check nothing": (["data.py", "check", "nowhere.pkl"], "nowhere.pkl does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", USER_ERRORS)
+def test_a_users_mistake_is_told_in_a_sentence(tmp_path, name):
+    arguments, said = USER_ERRORS[name]
+    (tmp_path / "bad.pkl").write_bytes(b"nothing good")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.pt").write_bytes(b"nothing good")
+    (tmp_path / "other").mkdir()
+    torch.save({"state_dict": {}}, tmp_path / "other" / "best.pt")
+    if arguments[0] == "train.py":
+        arguments = [arguments[0], "--method", "corrkd", *([] if "--dataset" in arguments else ["--dataset", "mosi"]), *arguments[1:]]
+    before = sorted(p for p in tmp_path.rglob("*"))
+    done = program(ROOT / arguments[0], *arguments[1:], cwd=tmp_path)
+    assert done.returncode == (1 if "check" in arguments else 2), done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 2, done.stderr
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["train.py", "eval.py", "data.py"])
+def test_help(name):
+    done = program(ROOT / name, "--help")
+    assert done.returncode == 0 and "usage" in done.stdout
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").symlink_to(trained / "data")
+    whole, calls = evaluation.os.replace, []
+
+    def full(a, b):
+        calls.append(b)
+        if str(b).endswith("last.pt") and len([c for c in calls if str(c).endswith("last.pt")]) == 2:
+            raise OSError(28, "No space left on device")
+        return whole(a, b)
+
+    monkeypatch.setattr(evaluation.os, "replace", full)
+    assert run(tmp_path, epochs="3") == 2
+    error = capsys.readouterr().err
+    assert "last.pt cannot be written: No space left on device" in error and len(error.splitlines()) == 1
+    assert len(history(tmp_path)) == 1 and not list((tmp_path / "runs").rglob("*.tmp"))
+    monkeypatch.undo()
+    assert run(tmp_path, epochs="3") == 0 and history(tmp_path) == history(trained)
+
+
+def test_method_files_need_torch_alone():
+    for name in (m for m in ("umdf.py", "corrkd.py", "double_flow.py") if (ROOT / m).exists()):
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; before = set(sys.modules); import {name[:-3]}; print(*set(sys.modules) - before)"
+        extra = {m.split(".")[0] for m in program("-c", code, cwd="/").stdout.split()} - set(sys.stdlib_module_names) - {"torch"}
+        assert extra == {name[:-3]}
