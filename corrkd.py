@@ -29,7 +29,7 @@ Use in another code base (this file needs torch alone):
     model = CorrKD({"text": 300, "audio": 74, "vision": 35}, "polarity")
     for stage in model.stages:                                  # "teacher", then "student"
         model.begin(stage)
-        optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=4e-3)
+        optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-3)
         for complete, missing, target, real in batches:         # complete, missing: {"text": (B, T, 300), ...}
             optimizer.zero_grad()                               # missing: the same clips, dropped frames zeroed
             model.losses(complete, missing, target, real)["total"].backward()   # target (B,): 0 or 1
@@ -50,8 +50,8 @@ HEADS = {"polarity": 1, "emotions": 4}  # two-class decisions a clip
 
 @dataclass
 class Config:
-    """Defaults are the paper's for MOSI; the weights of all losses are 1 there. `epochs` is for each stage."""
-    lr: float = 4e-3
+    """Defaults are the paper's for MOSI but for `lr`; all losses have weight 1 there. `epochs` is for each stage."""
+    lr: float = 1e-3        # the paper lists 4e-3; on validation 1e-3 was better in each of six runs
     batch_size: int = 64
     epochs: int = 50
     heads: int = 10
@@ -71,7 +71,7 @@ class Config:
 PAPER = {
     "mosi": Config(),
     "mosei": Config(lr=2e-3, batch_size=32, epochs=20, heads=8, margin=1.0),
-    "iemocap": Config(epochs=30, margin=1.4),
+    "iemocap": Config(lr=4e-3, epochs=30, margin=1.4),
 }
 ABLATIONS = {
     "no_scd": {"scd": 0.0},
@@ -81,6 +81,8 @@ ABLATIONS = {
     "no_distillation": {"scd": 0.0, "cpd": 0.0, "rcd": 0.0},    # the backbone with modality dropout
     "teacher": {"student": False},                              # the backbone trained on complete clips
     "scd_raw": {"scd_raw": True},                               # the literal reading of (4)
+    "layers_3": {"layers": 3},
+    "layers_4": {"layers": 4},
 }
 # F1 in per cent, five seeds, as the paper reports them: l, a, v, la, lv, av, avg, lav (None: not known).
 _COLUMNS = ("l", "a", "v", "la", "lv", "av", "avg", "lav")

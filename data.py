@@ -101,19 +101,14 @@ class _Array:
             raise pickle.UnpicklingError(f"an array of shape {tuple(shape)} comes with data for {count:g} values")
         if dtype.hasobject:
             self.value = np.empty(count, object)
-            self.value[:] = raw
+            for i, item in enumerate(raw):                      # not [:]: numpy would unpack items that are lists
+                self.value[i] = item
             self.value = self.value.reshape(shape, order=order)
-        elif len(raw) < LARGE:
-            self.value = np.frombuffer(raw, dtype).reshape(shape, order=order)
+        elif len(raw) >= LARGE and self.source.blocks:
+            offset = self.source.blocks[np.frombuffer(raw, "u1").ctypes.data]
+            self.value = np.memmap(self.source.file.name, dtype, "r", offset, tuple(shape), order)
         else:
-            start = np.frombuffer(raw, "u1").ctypes.data
-            if start in self.source.blocks:
-                offset = self.source.blocks[start]
-                self.value = np.memmap(self.source.file.name, dtype, "r", offset, tuple(shape), order)
-            elif self.source.blocks:
-                raise pickle.UnpicklingError("array data stands where none is expected")
-            else:
-                self.value = np.frombuffer(raw, dtype).reshape(shape, order=order)
+            self.value = np.frombuffer(raw, dtype).reshape(shape, order=order)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -38,9 +38,9 @@ def parse(argv=None) -> argparse.Namespace:
     add("--data-dir", default="data", help="a data file or a folder that holds one (default: data)")
     add("--synthetic", action="store_true", help="use a made-up stand-in of the data set's size; results say SYNTHETIC")
     add("--seeds", type=int, nargs="+", default=[1111, 1112, 1113, 1114, 1115], help="a run each (1111 ... 1115)")
-    add("--epochs", type=int, help="for each stage (default: the paper's)")
-    add("--batch-size", type=int, help="default: the paper's")
-    add("--lr", type=float, help="learning rate of Adam (default: the paper's)")
+    add("--epochs", type=int, help="for each stage (default: the method file's)")
+    add("--batch-size", type=int, help="default: the method file's")
+    add("--lr", type=float, help="learning rate of Adam (default: the method file's)")
     add("--ablate", nargs="+", default=[""], metavar="NAME", help="a run for each NAME instead of the full method: "
         + "; ".join(f"{name}: {', '.join(module.ABLATIONS)}" for name, (module, _) in METHODS.items()))
     add("--normalize", action=argparse.BooleanOptionalAction, default=True,
@@ -64,7 +64,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def configure(args, ablation: str):
-    """The paper's config of this data set, with what the command line and the ablation change."""
+    """The method's config for this data set, with what the command line and the ablation change."""
     module = METHODS[args.method][0]
     changes = {k: getattr(args, k) for k in ("epochs", "batch_size", "lr") if getattr(args, k) is not None}
     return replace(module.PAPER[args.dataset], **changes, **module.ABLATIONS.get(ablation, {}))

@@ -223,7 +223,8 @@ def test_each_ablation_changes_what_it_names_and_nothing_else():
     left = {"no_scd": {"task", "cpd", "rcd"}, "no_cpd": {"task", "scd", "scd_active", "rcd"}, "no_rcd": {"task", "scd", "scd_active", "cpd"},
             "kl": {"task", "scd", "scd_active", "cpd", "kl"}, "no_distillation": {"task"}, "scd_raw": {"task", "scd", "scd_active", "cpd", "rcd"},
             "teacher": {"task"}}
-    assert set(left) == set(corrkd.ABLATIONS)
+    assert set(left) | {"layers_3", "layers_4"} == set(corrkd.ABLATIONS)
+    assert [len(model_of(**corrkd.ABLATIONS[f"layers_{n}"]).student.encoders["text"].layers) for n in (3, 4)] == [3, 4]
     for name, terms in left.items():
         model = model_of(dropout=0.0, **corrkd.ABLATIONS[name])     # the same seed: the same weights
         assert all(torch.equal(v, full.state_dict()[k]) for k, v in model.state_dict().items())

@@ -140,7 +140,7 @@ def test_sentiment_labels(tmp_path, form):
 
 
 @pytest.mark.parametrize("ids, first", [([["a", "0", "1"]] * 5, "a/0/1"), (np.array([[b"a", b"", b""]] * 5), "a"), (["x"] * 5, "x"),
-                                        ([b"x"] * 5, "x"), (np.array(["x"] * 5, dtype=object), "x"), (np.array([["a", 1.5, 2]] * 5, dtype=object), "a/1.5/2")])
+                                        ([b"x"] * 5, "x"), (np.fromiter([["a", "b"]] * 5, dtype=object), "a/b"), (np.array(["x"] * 5, dtype=object), "x"), (np.array([["a", 1.5, 2]] * 5, dtype=object), "a/1.5/2")])
 def test_ids(tmp_path, ids, first):
     made = content()
     for f in made.values():
@@ -188,7 +188,10 @@ def test_large_arrays_are_read_from_the_file(tmp_path, protocol, order, monkeypa
     fields_read = data.read_pickle(path)
     maps = [m for m in STREAMS if isinstance(fields_read["train"][m], np.memmap)]
     assert maps == (["text", "audio"] if protocol > 2 else [])      # 60 * 90 * 3 float64 of vision are below the limit
+    parts, rows = set(), data._rows
+    monkeypatch.setattr(data, "_rows", lambda *a: (parts.add(type(a[0])), rows(*a))[1])
     loaded = data.load("mosi", path, SPLITS, normalize=False)
+    assert (np.memmap in parts) == (protocol > 2)       # still in the file when they are needed, so no second copy
     for s in SPLITS:
         for m in STREAMS:
             np.testing.assert_array_equal(loaded[s][m], made[s][m].astype(np.float32))

@@ -35,7 +35,7 @@ def learnable(**changes):
 def run(folder, *more, seeds=("1",), epochs="2", dataset="mosi"):
     """train.main on folder/data, runs in folder/runs, in process."""
     return train.main(["--method", "corrkd", "--dataset", dataset, "--data-dir", str(folder / "data"), "--out", str(folder / "runs"),
-                       "--epochs", epochs, "--batch-size", "16", "--device", "cpu", "--seeds", *seeds, *more])
+                       "--epochs", epochs, "--lr", "0.004", "--batch-size", "16", "--device", "cpu", "--seeds", *seeds, *more])
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +392,7 @@ def test_seeds_side_by_side(trained, tmp_path):
     blocked.mkdir(parents=True)
     (blocked / "config.json").write_text("{}")
     done = program(ROOT / "train.py", "--method", "corrkd", "--dataset", "mosi", "--data-dir", tmp_path / "data", "--out", tmp_path / "runs", "--epochs", "3",
-                   "--batch-size", "16", "--device", "cpu", "--jobs", "2", "--seeds", "1", "3")
+                   "--batch-size", "16", "--lr", "0.004", "--device", "cpu", "--jobs", "2", "--seeds", "1", "3")
     assert done.returncode == 2 and "corrkd-mosi-s3 failed: error: " in done.stderr and "Traceback" not in done.stderr
     assert "corrkd-mosi-s1: student 3/3" in done.stdout and "{l,a,v}" in done.stdout
     one, two = history(trained), history(tmp_path)
