@@ -148,7 +148,8 @@ class Encoder(nn.Module):
         if real is not None:
             x = x * real[..., None]                             # the convolution must not see padding
             position = position[(real.cumsum(1) - 1).clamp(min=0)]                  # (B, T, d)
-            mask = (real | ~real.any(1, keepdim=True))[:, None, None]               # no row may be empty: softmax
+            # A clip without frames attends to its padding: older torch makes NaN of a softmax over nothing.
+            mask = (real | ~real.any(1, keepdim=True))[:, None, None]
         x = self.dropout(math.sqrt(self.width) * self.conv(x.transpose(1, 2)).transpose(1, 2) + position)
         for layer in self.layers:
             x = layer(x, mask)
@@ -213,8 +214,8 @@ def prototype_consistency(student: Tensor, teacher: Tensor, labels: Tensor, num_
         prototypes = member.T @ h / count.clamp(min=1)[:, None]
         return F.normalize(h, dim=-1) @ F.normalize(prototypes, dim=-1).T
 
-    gap = (similarity(student) - similarity(teacher)).square() * (count > 0)
-    return gap.sum() / (len(labels) * (count > 0).sum())
+    # An absent class has the prototype 0, hence similarity 0 in both networks: it only must not be counted.
+    return (similarity(student) - similarity(teacher)).square().sum() / (len(labels) * (count > 0).sum())
 
 
 def jsd_mutual_information(critic: nn.Module, a: Tensor, b: Tensor) -> Tensor:
