@@ -365,6 +365,9 @@ def load(dataset: str, data_dir: str | Path = "data", splits=("train", "valid"),
     dims = {m: result[splits[0]][m].shape[2] for m in STREAMS}
     if any(result[s][m].shape[2] != dims[m] for s in splits for m in STREAMS):
         raise DataError(f"{source['file']}: the splits differ in feature width.")
+    if dims != _WIDTHS:
+        source["notes"].append(" / ".join(str(d) for d in dims.values()) + " features of text / audio / vision: "
+                               "not the papers' GloVe 300 / COVAREP 74 / Facet 35")
     if normalize:
         stats = stats or statistics(result["train"])
         for s in splits:
@@ -421,8 +424,8 @@ def evaluation_masks(real: dict, condition: str | float, split: str, seed: int =
 
 
 def realised(present: dict, real: dict) -> dict:
-    """stream -> the share of its real frames that is gone."""
-    return {m: 1 - present[m].sum().item() / max(1, real[m].sum().item()) for m in STREAMS}
+    """stream -> the share of its real frames that is gone; None for a stream that has none."""
+    return {m: 1 - present[m].sum().item() / real[m].sum().item() if real[m].any() else None for m in STREAMS}
 
 
 def batches(real: dict, index: torch.Tensor, size: int, generator: torch.Generator, pool: int = 4):

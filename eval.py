@@ -234,7 +234,8 @@ def table_of_sets(runs: list[dict]) -> dict:
 
 def table_of_rates(runs: list[dict], rates: list[float]) -> dict:
     """metric -> row ("ours", "paper", "constant", "realised") -> rate or "area" -> number or summary."""
-    real = {str(r): statistics.fmean(runs[0]["conditions"][str(r)]["realised"].values()) for r in rates}
+    gone = {str(p): runs[0]["conditions"][str(p)]["realised"].values() for p in rates}
+    real = {p: statistics.fmean(share for share in shares if share is not None) for p, shares in gone.items()}
     tables = {}
     for metric, constant in runs[0]["constant"].items():
         curves = [[r["conditions"][str(p)][metric] for p in rates] for r in runs]
@@ -261,8 +262,8 @@ def show(table: dict, titles: dict, form: str) -> str:
     lines = [["", *(titles.get(c, c) for c in some)]]
     for metric, rows in table.items():
         for name, row in rows.items():
-            if name == "realised" and metric != list(table)[-1]:
-                continue        # the same for all metrics: once, at the end
+            if not any(v is not None for v in row.values()) or name == "realised" and metric != list(table)[-1]:
+                continue        # nothing known; the realised rate, which all metrics share, once at the end
             title = {"ours": f"{metric} ours (n={next(iter(some.values()))['n']})", "realised": "realised rate"}
             lines.append([title.get(name, f"{metric} {name}"),
                           *(cell(row.get(c), name == "difference", 3 if name == "realised" else 2) for c in some)])

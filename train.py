@@ -350,7 +350,8 @@ def side_by_side(args, argv: list[str], plan: list) -> int:
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    plan = [(ablation, seed) for ablation in dict.fromkeys(args.ablate) for seed in dict.fromkeys(args.seeds)]
+    seeds = args.seeds[:1] if args.dry_run else dict.fromkeys(args.seeds)
+    plan = [(ablation, seed) for ablation in dict.fromkeys(args.ablate) for seed in seeds]
     folders = [run_folder(args, *p) for p in plan]
     try:
         device = evaluation.device_named(args.device)

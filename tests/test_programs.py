@@ -251,12 +251,14 @@ def test_iemocap_with_four_heads(tmp_path, capsys):
     assert [line.split()[1] for line in out.splitlines() if " ours (n=1) " in line and line.startswith("F1")][-4:] == ["happy", "sad", "angry", "neutral"]
 
 
-def test_unaligned_streams_and_a_stream_that_the_data_lacks(tmp_path):
+def test_unaligned_streams_and_a_stream_that_the_data_lacks(tmp_path, capsys):
     made = learnable(lengths=(8, 12, 10))
     for f in made.values():
         f["vision"][:] = 0
     written(tmp_path / "data", made)
     assert run(tmp_path, epochs="1") == 0
+    assert evaluation.main([str(tmp_path / "runs" / "corrkd-mosi-s1"), "--rates", "0", "0.5"]) == 0
+    assert capsys.readouterr().out.split()[-4:] == ["rate", "0.000", "0.500", "-"]    # vision has no frames, and no say
     assert all(np.isfinite(list(h["losses"].values())).all() for h in history(tmp_path))
 
 
@@ -303,7 +305,7 @@ def test_tables_against_cells_computed_by_hand():
     made = []
     for shift in (0.0, 3.0):
         sets = {c: {"n": 9, "realised": {}, "F1": 60.0 + k + shift} for k, c in enumerate(data.SETS)}
-        rates = {str(p): {"n": 9, "realised": {"text": p, "audio": p, "vision": p + .03}, "F1": 80.0 - 20 * p + shift} for p in (0.0, .5, 1.0)}
+        rates = {str(p): {"n": 9, "realised": {"text": p, "audio": p + .02, "vision": None}, "F1": 80.0 - 20 * p + shift} for p in (0.0, .5, 1.0)}
         made.append({**base, "conditions": {**sets, **rates}})
     table = evaluation.table_of_sets(made)["F1"]
     assert table["ours"]["l"] == {"mean": 61.5, "std": pytest.approx(4.5 ** .5), "n": 2}
@@ -319,6 +321,7 @@ def test_tables_against_cells_computed_by_hand():
     assert evaluation.show({"F1": table}, evaluation.TITLES, "markdown").splitlines()[1].startswith("| --- | ---")
     alone = evaluation.table_of_sets([{**made[0], "ablation": "no_rcd"}])["F1"]
     assert alone["ours"]["l"]["std"] is None and alone["paper"]["l"] is None and alone["difference"]["l"] is None
+    assert len(evaluation.show({"F1": alone}, evaluation.TITLES, "text").splitlines()) == 3      # no row of nothing
     assert evaluation.table_of_sets([{**made[0], "ablation": "no_cpd"}])["F1"]["paper"]["avg"] == 71.81
 
 
@@ -327,7 +330,7 @@ def test_the_printed_tables_and_their_files(trained, tmp_path, capsys):
     assert evaluation.main([*runs, "--rates", "0", "0.5", "1", "--json", str(tmp_path / "t.json"), "--csv", str(tmp_path / "t.csv")]) == 0
     out = capsys.readouterr().out
     for part in ("corrkd on mosi, test split, seeds 1 2", "corrkd no_scd on mosi", "F1 ours (n=2)", "F1 paper", "F1 difference", "F1 constant", "realised rate",
-                 "not the standard split", data.sha256(trained / "data" / "mosi_data.pkl")[:12]):
+                 "not the standard split", "6 / 4 / 3 features", data.sha256(trained / "data" / "mosi_data.pkl")[:12]):
         assert part in out, part
     written_table = json.loads((tmp_path / "t.json").read_text())
     means = [[json.loads((Path(r) / "results.json").read_text())["conditions"]["l"]["F1"] for r in runs[:2]]]
