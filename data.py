@@ -528,7 +528,7 @@ def check(path: Path) -> None:
         print(f"  note: {note}")
 
 
-def main() -> int:
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Check a data file, or write a synthetic one.")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("check", help="print what a file is, or what is wrong with it; exit 0 or 1")
@@ -536,7 +536,7 @@ def main() -> int:
     two = commands.add_parser("synthesize", help="write a SYNTHETIC stand-in in the layout of MulT's pickles")
     two.add_argument("dataset", choices=SIZES)
     two.add_argument("--out", type=Path, required=True, help="folder for the file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         if args.command == "check":
             paths = sorted(args.path.rglob("*.pkl")) if args.path.is_dir() else [args.path]

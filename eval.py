@@ -226,8 +226,9 @@ def table_of_sets(runs: list[dict]) -> dict:
     for metric, constant in runs[0]["constant"].items():
         ours = {c: summary([averages(r["conditions"])[c][metric] for r in runs]) for c in COLUMNS}
         paper = {c: reported(runs).get(metric, {}).get(c) for c in COLUMNS}
-        tables[metric] = {"ours": ours, "paper": paper,
-                          "difference": {c: None if paper[c] is None else ours[c]["mean"] - paper[c] for c in COLUMNS},
+        compared = [c for c in COLUMNS if paper[c] is not None and not runs[0]["synthetic"]]
+        difference = {c: ours[c]["mean"] - paper[c] if c in compared else None for c in COLUMNS}
+        tables[metric] = {"ours": ours, "paper": paper, "difference": difference,
                           "constant": dict.fromkeys(COLUMNS, constant)}
     return tables
 

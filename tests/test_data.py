@@ -447,7 +447,7 @@ def test_iemocaps_stand_in():
 
 # ------------------------------------------------------------------------------------- check
 
-def test_check_says_what_a_file_is(tmp_path):
+def test_check_says_what_a_file_is(tmp_path, capsys):
     made = content(lengths=(8, 12, 10))
     made["train"]["audio"][4, -1, 1] = -np.inf
     made["test"]["id"] = made["train"]["id"]
@@ -459,8 +459,9 @@ def test_check_says_what_a_file_is(tmp_path):
         assert part in done.stdout, (part, done.stdout)
     for name, (what, _) in list(BAD.items())[:5] + [("nan", BAD["nan"])]:
         written(tmp_path / "bad", what)
-        done = subprocess.run([sys.executable, ROOT / "data.py", "check", tmp_path / "bad" / "mosi_data.pkl"], capture_output=True, text=True)
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, (name, done.stderr)
+        assert data.main(["check", str(tmp_path / "bad" / "mosi_data.pkl")]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and len(error.splitlines()) == 1, (name, error)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data, an optional folder of extra real data, is not here")

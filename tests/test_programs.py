@@ -301,7 +301,7 @@ def test_results_come_from_the_asked_split_and_do_not_depend_on_the_batch(traine
 
 def test_tables_against_cells_computed_by_hand():
     """Two runs: mean, sample deviation, Avg. over six, difference to the paper, area by the trapezoidal rule."""
-    base = {"method": "corrkd", "dataset": "mosi", "ablation": "", "constant": {"F1": 40.0}}
+    base = {"method": "corrkd", "dataset": "mosi", "ablation": "", "synthetic": False, "constant": {"F1": 40.0}}
     made = []
     for shift in (0.0, 3.0):
         sets = {c: {"n": 9, "realised": {}, "F1": 60.0 + k + shift} for k, c in enumerate(data.SETS)}
@@ -319,6 +319,8 @@ def test_tables_against_cells_computed_by_hand():
     assert text[0].split() == ["{l}", "{a}", "{v}", "{l,a}", "{l,v}", "{a,v}", "Avg.", "{l,a,v}"]
     assert text[1].split()[:4] == ["F1", "ours", "(n=2)", "61.50±2.12"] and text[3].split()[:3] == ["F1", "difference", "-19.70"]
     assert evaluation.show({"F1": table}, evaluation.TITLES, "markdown").splitlines()[1].startswith("| --- | ---")
+    made_up = evaluation.table_of_sets([{**made[0], "synthetic": True}])["F1"]      # no difference to real data
+    assert made_up["paper"]["l"] == 81.20 and set(made_up["difference"].values()) == {None}
     alone = evaluation.table_of_sets([{**made[0], "ablation": "no_rcd"}])["F1"]
     assert alone["ours"]["l"]["std"] is None and alone["paper"]["l"] is None and alone["difference"]["l"] is None
     assert len(evaluation.show({"F1": alone}, evaluation.TITLES, "text").splitlines()) == 3      # no row of nothing
@@ -425,7 +427,7 @@ USER_ERRORS = {
 
 
 @pytest.mark.parametrize("name", USER_ERRORS)
-def test_a_users_mistake_is_told_in_a_sentence(tmp_path, name):
+def test_a_users_mistake_is_told_in_a_sentence(tmp_path, name, monkeypatch, capsys):
     arguments, said = USER_ERRORS[name]
     (tmp_path / "bad.pkl").write_bytes(b"nothing good")
     (tmp_path / "run").mkdir()
@@ -435,9 +437,18 @@ def test_a_users_mistake_is_told_in_a_sentence(tmp_path, name):
     if arguments[0] == "train.py":
         arguments = [arguments[0], "--method", "corrkd", *([] if "--dataset" in arguments else ["--dataset", "mosi"]), *arguments[1:]]
     before = sorted(p for p in tmp_path.rglob("*"))
-    done = program(ROOT / arguments[0], *arguments[1:], cwd=tmp_path)
-    assert done.returncode == (1 if "check" in arguments else 2), done.stderr
-    assert said in done.stderr and "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 2, done.stderr
+    if name in ("no data", "damaged run", "unknown ablation", "check nothing"):     # as a user would; the rest in process
+        done = program(ROOT / arguments[0], *arguments[1:], cwd=tmp_path)
+        code, error = done.returncode, done.stderr
+    else:
+        monkeypatch.chdir(tmp_path)
+        try:
+            code = {"train.py": train, "eval.py": evaluation, "data.py": data}[arguments[0]].main(arguments[1:])
+        except SystemExit as stop:
+            code = stop.code
+        error = capsys.readouterr().err
+    assert code == (1 if "check" in arguments else 2), error
+    assert said in error and "Traceback" not in error and len(error.splitlines()) <= 2, error
     assert sorted(p for p in tmp_path.rglob("*")) == before
 
 
