@@ -373,7 +373,7 @@ def main(argv=None) -> int:
             key = json.dumps([result["data"]["sha256"], *(result[k] for k in same)])
             grouped.setdefault(key, []).append(result)
         groups = []
-        for runs in grouped.values():
+        for runs in sorted(grouped.values(), key=lambda runs: runs[0]["ablation"]):     # the full method first
             print(heading(runs, args), end="\n\n")
             sets = table_of_sets(runs) if args.protocol != "rates" else {}
             rates = table_of_rates(runs, args.rates) if args.protocol != "combos" else {}
