@@ -186,13 +186,16 @@ class Run:
                 # The final stage is chosen over all available sets; a teacher on the complete clips that it will see.
                 sets = list(data.SETS) if last else ["lav"]
                 valid = evaluation.evaluate(self.model, self.task, self.data["valid"], sets, "valid")
-                self.note(stage, losses, valid, last, time.perf_counter() - began)
+                better = self.note(stage, losses, valid, last)
                 self.store(optimizer)
+                terms = " ".join(f"{k} {v:.3f}" for k, v in losses.items() if k != "scd_active")
+                print(f"{stage} {self.epoch}/{self.config.epochs}  {terms}  valid F1 {self.history[-1]['score']:.2f}"
+                      f"{' *' if better else ''}  {time.perf_counter() - began:.1f} s", flush=True)
             self.model.load_state_dict(self.best["model"])
             self.stage, self.epoch, self.best = self.stage + 1, 0, None
 
-    def note(self, stage: str, losses: dict, valid: dict, last: bool, seconds: float) -> None:
-        """Record the epoch, keep its parameters if it is the best so far, and say so."""
+    def note(self, stage: str, losses: dict, valid: dict, last: bool) -> bool:
+        """Record the epoch, and keep its parameters if it is the best so far; returns whether it is."""
         score = evaluation.score(valid)
         better = self.best is None or score > self.best["score"]
         if better:
@@ -203,9 +206,7 @@ class Run:
                      {**self.identity, "stats": self.data["stats"], "epoch": self.epoch, "model": model})
         self.history.append({"stage": stage, "epoch": self.epoch, "losses": losses, "score": score, "best": better,
                              "valid": {c: {k: v for k, v in r.items() if k != "realised"} for c, r in valid.items()}})
-        terms = " ".join(f"{k} {v:.3f}" for k, v in losses.items() if k != "scd_active")
-        print(f"{stage} {self.epoch}/{self.config.epochs}  {terms}  valid F1 {score:.2f}{' *' if better else ''}"
-              f"  {seconds:.1f} s", flush=True)
+        return better
 
     def random_state(self, state: dict | None = None) -> dict:
         """The state of every random generator in use; sets it first if one is given."""
@@ -333,7 +334,7 @@ def side_by_side(args, argv: list[str], plan: list) -> int:
                 line.set_postfix_str(final)
                 if line.disable and " valid F1 " in said:
                     print(f"{name}: {final}", flush=True)
-        if child.wait():
+        if child.wait() not in (0, 130):        # 130: stopped from the keyboard
             print(f"{name} failed: {final}", file=sys.stderr, flush=True)
         return child.returncode
 

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -403,6 +404,18 @@ def test_seeds_side_by_side(trained, tmp_path):
     assert "corrkd-mosi-s1: student 3/3" in done.stdout and "{l,a,v}" in done.stdout
     one, two = history(trained), history(tmp_path)
     assert [h["stage"] for h in one] == [h["stage"] for h in two] and one[0]["losses"]["task"] == pytest.approx(two[0]["losses"]["task"], rel=1e-4)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_a_stop_from_the_keyboard_ends_all_processes_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, ROOT / "train.py", "--method", "corrkd", "--dataset", "mosi", "--synthetic", "--limit", "60", "--epochs", "99", "--seeds", "1", "2",
+               "--jobs", "2", "--device", "cpu"]
+    with subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert any("s1: teacher 2/99" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and error.strip() == "stopped; the same command goes on after the last finished epoch"
+    assert len((tmp_path / "runs" / "corrkd-mosi-synthetic-s1" / "log.jsonl").read_text().splitlines()) >= 2
 
 
 def test_a_dry_run_writes_nothing(tmp_path):
