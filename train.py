@@ -315,8 +315,9 @@ def closing(folders: list[Path], args, loaded: dict, device) -> None:
     print(f"\nthe test table: python eval.py {' '.join(map(str, folders))}", flush=True)
 
 
-def side_by_side(args, argv: list[str], plan: list) -> int:
-    """Each run as a process of its own with its share of the threads; one progress line a process on a terminal."""
+def side_by_side(args, argv: list[str], plan: list) -> list[int]:
+    """Each run as a process of its own with its share of the threads; one progress line a process on a terminal.
+    Returns the exit codes."""
     share = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), "PYTHONUNBUFFERED": "1"}
     begun = []
 
@@ -340,12 +341,11 @@ def side_by_side(args, argv: list[str], plan: list) -> int:
 
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
-            codes = list(pool.map(work, range(len(plan)), *zip(*plan)))
+            return list(pool.map(work, range(len(plan)), *zip(*plan)))
         except KeyboardInterrupt:
             for child in begun:
                 child.send_signal(signal.SIGINT)
             raise
-    return max(codes)
 
 
 def main(argv=None) -> int:
@@ -361,8 +361,8 @@ def main(argv=None) -> int:
         introduce(args, loaded, device, Run(args, *plan[0], loaded, device))
         code = 0
         if args.jobs > 1 and len(plan) > 1 and not args.dry_run:
-            code = side_by_side(args, argv, plan)
-            folders = [f for f in folders if (f / "best.pt").exists()]
+            codes = side_by_side(args, argv, plan)
+            folders, code = [f for f, c in zip(folders, codes) if c == 0], 2 if any(codes) else 0
         else:
             for ablation, seed in plan:
                 run = Run(args, ablation, seed, loaded, device)

@@ -398,10 +398,11 @@ def test_seeds_side_by_side(trained, tmp_path):
     blocked = tmp_path / "runs" / "corrkd-mosi-s3"
     blocked.mkdir(parents=True)
     (blocked / "config.json").write_text("{}")
+    (blocked / "best.pt").write_bytes((trained / "runs" / "corrkd-mosi-s2" / "best.pt").read_bytes())   # not of this run
     done = program(ROOT / "train.py", "--method", "corrkd", "--dataset", "mosi", "--data-dir", tmp_path / "data", "--out", tmp_path / "runs", "--epochs", "3",
                    "--batch-size", "16", "--lr", "0.004", "--device", "cpu", "--jobs", "2", "--seeds", "1", "3")
     assert done.returncode == 2 and "corrkd-mosi-s3 failed: error: " in done.stderr and "Traceback" not in done.stderr
-    assert "corrkd-mosi-s1: student 3/3" in done.stdout and "{l,a,v}" in done.stdout
+    assert "corrkd-mosi-s1: student 3/3" in done.stdout and "F1 ours (n=1)" in done.stdout
     one, two = history(trained), history(tmp_path)
     assert [h["stage"] for h in one] == [h["stage"] for h in two] and one[0]["losses"]["task"] == pytest.approx(two[0]["losses"]["task"], rel=1e-4)
 
