@@ -221,6 +221,21 @@ def test_the_student_learns_from_the_best_teacher(tmp_path, monkeypatch):
     assert equal(teachers[3], teachers[1]) and equal(teachers[5], teachers[1]) and not equal(teachers[2], teachers[1])
 
 
+def test_training_masks_are_drawn_anew_in_every_epoch(tmp_path, monkeypatch):
+    written(tmp_path / "data", learnable())
+    step, masks, clips, drawn = train.Run.step_loss, data.training_masks, [], []
+    monkeypatch.setattr(train.Run, "step_loss", lambda self, index, fixed: (clips.append(index.tolist()), step(self, index, fixed))[1])
+    monkeypatch.setattr(data, "training_masks", lambda *a: (drawn.append(masks(*a)), drawn[-1])[1])
+    run(tmp_path, "--ablate", "no_distillation")
+    epochs = [{}, {}]
+    for i, (index, present) in enumerate(zip(clips, drawn)):
+        for row, clip in enumerate(index):
+            kept = [present[m][row].nonzero()[:, 0].tolist() for m in STREAMS]
+            epochs[i >= len(clips) // 2][clip] = kept
+    assert len(epochs[0]) == len(epochs[1]) == 40 and len(clips) == 6
+    assert sum(epochs[0][clip] != epochs[1][clip] for clip in range(40)) > 34
+
+
 def test_ablations_share_their_start(tmp_path, capsys):
     """The student of every ablation begins with the same weights, masks and batches: without the teacher's terms its
     first task loss is the same."""
