@@ -236,7 +236,7 @@ def table_of_sets(runs: list[dict]) -> dict:
 def table_of_rates(runs: list[dict], rates: list[float]) -> dict:
     """metric -> row ("ours", "paper", "constant", "realised") -> rate or "area" -> number or summary."""
     gone = {str(p): runs[0]["conditions"][str(p)]["realised"].values() for p in rates}
-    real = {p: statistics.fmean(share for share in shares if share is not None) for p, shares in gone.items()}
+    real = {p: statistics.fmean([s for s in shares if s is not None] or [float("nan")]) for p, shares in gone.items()}
     tables = {}
     for metric, constant in runs[0]["constant"].items():
         curves = [[r["conditions"][str(p)][metric] for p in rates] for r in runs]

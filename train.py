@@ -298,14 +298,13 @@ def introduce(args, loaded: dict, device: torch.device, run: Run) -> None:
     print(f"model: {args.method}, {count:,} parameters; {run.config}", flush=True)
 
 
-def closing(folders: list[Path], args, loaded: dict, device) -> None:
-    """The seven-column validation table of the runs just made, and the command for the test table."""
-    groups = {}
-    for folder in folders:
-        checkpoint = evaluation.read_checkpoint(folder / "best.pt", device)
-        model = evaluation.build(checkpoint, folder / "best.pt", device)
-        result = evaluation.evaluate(model, checkpoint["task"], loaded["valid"], list(data.SETS), "valid")
-        groups.setdefault(checkpoint["ablation"], []).append(evaluation.averages(result))
+def closing(plan: list, args) -> None:
+    """The seven-column validation table of the runs just made, from their logs, and the command for the test table."""
+    groups, folders = {}, [run_folder(args, *p) for p in plan]
+    for (ablation, _), folder in zip(plan, folders):
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        best = max((h for h in lines if h["stage"] == lines[-1]["stage"]), key=lambda h: h["score"])
+        groups.setdefault(ablation, []).append(evaluation.averages(best["valid"]))
     for ablation, results in groups.items():
         name = " ".join(filter(None, (args.method, ablation, "on", args.dataset, "SYNTHETIC" * args.synthetic)))
         print(f"\nvalidation, {name} (weighted F1, %)")
@@ -353,7 +352,6 @@ def main(argv=None) -> int:
     args = parse(argv)
     seeds = args.seeds[:1] if args.dry_run else dict.fromkeys(args.seeds)
     plan = [(ablation, seed) for ablation in dict.fromkeys(args.ablate) for seed in seeds]
-    folders = [run_folder(args, *p) for p in plan]
     try:
         device = evaluation.device_named(args.device)
         loaded = data.load(args.dataset, args.data_dir, ("train", "valid"), device, args.normalize,
@@ -362,7 +360,7 @@ def main(argv=None) -> int:
         code = 0
         if args.jobs > 1 and len(plan) > 1 and not args.dry_run:
             codes = side_by_side(args, argv, plan)
-            folders, code = [f for f, c in zip(folders, codes) if c == 0], 2 if any(codes) else 0
+            plan, code = [p for p, c in zip(plan, codes) if c == 0], 2 if any(codes) else 0
         else:
             for ablation, seed in plan:
                 run = Run(args, ablation, seed, loaded, device)
@@ -373,8 +371,8 @@ def main(argv=None) -> int:
                     print("finished already")
                 else:
                     run.train()
-        if folders and not args.dry_run:
-            closing(folders, args, loaded, device)
+        if plan and not args.dry_run:
+            closing(plan, args)
         return code
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
