@@ -349,8 +349,8 @@ def standardize(split: dict, stats: dict) -> None:
 
 def load(dataset: str, data_dir: str | Path = "data", splits=("train", "valid"), device="cpu", normalize=True,
          stats: dict | None = None, synthetic=False, limit: int | None = None) -> dict:
-    """The named splits, plus "dims" (stream -> width), "stats" (None without normalisation) and "source": what the
-    data is. `stats` of an earlier load replace the training split's own; `limit` keeps each split's first clips.
+    """The named splits, plus "dims" (stream -> width), "aligned" (whether all streams have the same number of frames),
+    "stats" (None without normalisation) and "source": what the data is. `stats` of an earlier load replace the training split's own; `limit` keeps each split's first clips.
     The other splits' features are not read. Memory peaks a little above the float32 size of the features."""
     if synthetic:
         fields = {s: stand_in(dataset, s) for s in splits}
@@ -374,7 +374,8 @@ def load(dataset: str, data_dir: str | Path = "data", splits=("train", "valid"),
             standardize(result[s], stats)
     for s in splits:
         result[s].update({k: result[s][k].to(device) for k in (*STREAMS, "label")})
-    return {**result, "dims": dims, "stats": stats if normalize else None, "source": source}
+    aligned = all(len({result[s][m].shape[1] for m in STREAMS}) == 1 for s in splits)
+    return {**result, "dims": dims, "aligned": aligned, "stats": stats if normalize else None, "source": source}
 
 
 def notes(fields: dict, dataset: str) -> list[str]:

@@ -18,40 +18,74 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.metrics import auc, f1_score
+from sklearn.metrics import accuracy_score, auc, f1_score, mean_absolute_error
 
 import corrkd
 import data
+import umdf
 from data import DataError
 
-METHODS = {"corrkd": (corrkd, corrkd.CorrKD)}
+METHODS = {"umdf": (umdf, umdf.UMDF), "corrkd": (corrkd, corrkd.CorrKD)}
 COLUMNS = ("l", "a", "v", "la", "lv", "av", "avg", "lav")
 TITLES = {**{c: "{" + ",".join(c) + "}" for c in COLUMNS}, "avg": "Avg."}
 SHOWN = ("happy", "sad", "angry", "neutral")    # the papers' order of emotions
+MAIN = ("F1", "MAE", *(f"F1 {e}" for e in SHOWN))   # in every table; the others of a regression in that of the sets
 
+
+UNITS = {"polarity": "weighted F1, %", "emotions": "weighted F1, %",
+         "regression": "weighted F1 and accuracies in %; F1 and Acc-2 without the clips of sentiment 0, has0 with them"}
 
 # ---------------------------------------------------------------------------------- predictions and metrics
 
 def targets(label: torch.Tensor, task: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which clips count (indices), and their classes: polarity leaves sentiment 0 out and calls > 0 class 1."""
+    """Which clips count (indices), and what they are: their sentiment; polarity, which leaves sentiment 0 out and calls
+    > 0 class 1; or four emotions of 0 and 1."""
+    everyone = torch.arange(len(label), device=label.device)
     if task == "polarity":
         index = label.nonzero()[:, 0]
         if len(index) == 0:
             raise DataError("A split has no clip whose sentiment is not 0: no polarity to learn or to measure.")
         return index, (label[index] > 0).long()
-    return torch.arange(len(label), device=label.device), label.long()
+    return everyone, label if task == "regression" else label.long()
+
+
+def constant(truth: torch.Tensor, task: str):
+    """What a predictor that knows only these labels answers: their median, or the commoner class of each decision."""
+    return truth.median().item() if task == "regression" else truth.float().mean(0).round().long().tolist()
+
+
+def answers(output: torch.Tensor, task: str) -> np.ndarray:
+    """A model's outputs as sentiment (n,) or classes (n,), (n, 4)."""
+    return (output[:, 0] if task == "regression" else output.argmax(-1)).cpu().numpy()
+
+
+def weighted_f1(truth: np.ndarray, answer: np.ndarray) -> float:
+    """In per cent. By keyword: with truth and answer swapped the weights are the answer's."""
+    return 100 * float(f1_score(y_true=truth, y_pred=answer, average="weighted", zero_division=0))
 
 
 def metrics(task: str, answer: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Weighted F1 in per cent: one for polarity, one for each emotion. answer, truth: classes (n,) or (n, 4)."""
+    """answer, truth: classes (n,) or (n, 4), or sentiment (n,). F1 and accuracies in per cent, MAE in units of the label.
+
+    Regression: F1 and Acc-2 ask whether > 0, of the clips whose sentiment is not 0; "has0" whether >= 0, of all clips.
+    Acc-7 compares the nearest integers in [-3, 3], halves to the even one (0.5 -> 0, 1.5 and 2.5 -> 2), as numpy and
+    most published code round. Corr is Pearson's, nan for a constant answer.
+    """
     if task == "polarity":
-        names, answer, truth = ["F1"], answer[:, None], truth[:, None]
-    else:
-        names = [f"F1 {e}" for e in SHOWN]
-        order = [data.EMOTIONS.index(e) for e in SHOWN]
-        answer, truth = answer[:, order], truth[:, order]
-    return {name: 100 * float(f1_score(y_true=t, y_pred=a, average="weighted", zero_division=0))
-            for name, a, t in zip(names, answer.T, truth.T)}
+        return {"F1": weighted_f1(truth, answer)}
+    if task == "emotions":
+        return {f"F1 {e}": weighted_f1(truth[:, i], answer[:, i]) for e, i in
+                ((e, data.EMOTIONS.index(e)) for e in SHOWN)}
+    signed = truth != 0
+    sides = (truth[signed] > 0, answer[signed] > 0), (truth >= 0, answer >= 0)
+    seven = [np.rint(np.clip(v, -3, 3)) for v in (truth, answer)]
+    varied = len(truth) > 1 and np.ptp(truth) > 0 and np.ptp(answer) > 0
+    nan = float("nan")
+    f1, accuracy = ([f(*s) if len(s[0]) else nan for s in sides]
+                    for f in (weighted_f1, lambda t, a: 100 * float(accuracy_score(t, a))))
+    return {"F1": f1[0], "MAE": float(mean_absolute_error(truth, answer)), "F1 has0": f1[1], "Acc-2": accuracy[0],
+            "Acc-2 has0": accuracy[1], "Acc-7": 100 * float(accuracy_score(*seven)),
+            "Corr": float(np.corrcoef(truth, answer)[0, 1]) if varied else nan}
 
 
 @torch.no_grad()
@@ -96,23 +130,23 @@ def predict(model, split: dict, conditions, name: str, mask_seed: int = 0, size:
                      else encode(model, m, split, present[m], size) for m in data.STREAMS]
             output = model.classify(torch.cat(parts, dim=-1))
         else:
-            outputs = []
-            for index in torch.arange(len(split["label"])).split(size):
+            outputs, order = [], sum(split["real"][m].sum(1) for m in data.STREAMS).argsort(stable=True)
+            for index in order.split(size):
                 streams, real = data.batch(split, index)
                 real = {m: r.to(streams[m].device) for m, r in real.items()}
                 streams = {m: x * present[m][index, :x.shape[1]].to(x.device)[..., None] for m, x in streams.items()}
                 outputs.append(model(**streams, real=real))
-            output = torch.cat(outputs)
+            output = torch.cat(outputs)[order.argsort().to(outputs[0].device)]
         yield condition, output, data.realised(present, split["real"])
 
 
 def evaluate(model, task: str, split: dict, conditions, name: str, mask_seed: int = 0, size: int = 256) -> dict:
-    """condition -> {"n": clips that count, "realised": dropped shares, metric: value in per cent}."""
+    """condition -> {"n": clips that count, "realised": dropped shares, metric: value}."""
     index, truth = targets(split["label"], task)
     truth, result = truth.cpu().numpy(), {}
     for condition, output, rates in predict(model, split, conditions, name, mask_seed, size):
-        answer = output[index].argmax(-1).cpu().numpy()
-        result[str(condition)] = {"n": len(truth), "realised": rates, **metrics(task, answer, truth)}
+        measured = metrics(task, answers(output[index], task), truth)
+        result[str(condition)] = {"n": len(truth), "realised": rates, **measured}
     return result
 
 
@@ -123,8 +157,11 @@ def averages(result: dict) -> dict:
 
 
 def score(result: dict) -> float:
-    """What selects a checkpoint: the mean over the conditions and over the metrics."""
-    return statistics.fmean(v for c in result.values() for k, v in c.items() if k not in ("n", "realised"))
+    """What selects a checkpoint, the more the better: the mean over the conditions of -MAE for a regression, else of
+    F1 (over the emotions too)."""
+    if "MAE" in next(iter(result.values())):
+        return -statistics.fmean(c["MAE"] for c in result.values())
+    return statistics.fmean(v for c in result.values() for k, v in c.items() if k in MAIN)
 
 
 # ---------------------------------------------------------------------------------- runs
@@ -194,14 +231,16 @@ def evaluate_run(folder: Path, args, device, cache: dict) -> dict:
     split, source = cache[key][args.split], cache[key]["source"]
     if cache[key]["dims"] != run["dims"]:
         raise DataError(f"{source['file']} has widths {cache[key]['dims']}, {path} was trained on {run['dims']}.")
+    if run["config"].get("aligned") and not cache[key]["aligned"]:
+        raise DataError(f"{source['file']} holds unaligned streams, {path} was trained on aligned ones.")
     conditions = list(data.SETS) * (args.protocol != "rates") + args.rates * (args.protocol != "combos")
     measured = evaluate(model, task, split, conditions, args.split, args.mask_seed, args.batch_size)
     truth = targets(split["label"], task)[1].cpu().numpy()
-    kept = ("method", "dataset", "ablation", "synthetic", "seed", "epoch", "limit", "normalize", "config")
+    kept = ("method", "dataset", "task", "ablation", "synthetic", "seed", "epoch", "limit", "normalize", "config")
     result = {**{k: run[k] for k in kept}, "split": args.split, "mask_seed": args.mask_seed,
               "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
               "data": source, "trained_on": run["data"],
-              "constant": metrics(task, np.broadcast_to(np.array(run["majority"]), truth.shape), truth),
+              "constant": metrics(task, np.broadcast_to(np.array(run["constant"]), truth.shape), truth),
               "conditions": measured}
     write(folder / "results.json", json.dumps(result, indent=1))
     return result
@@ -238,7 +277,7 @@ def table_of_rates(runs: list[dict], rates: list[float]) -> dict:
     gone = {str(p): runs[0]["conditions"][str(p)]["realised"].values() for p in rates}
     real = {p: statistics.fmean([s for s in shares if s is not None] or [float("nan")]) for p, shares in gone.items()}
     tables = {}
-    for metric, constant in runs[0]["constant"].items():
+    for metric, constant in ((k, v) for k, v in runs[0]["constant"].items() if k in MAIN):
         curves = [[r["conditions"][str(p)][metric] for p in rates] for r in runs]
         ours = {str(p): summary([c[i] for c in curves]) for i, p in enumerate(rates)}
         if len(rates) > 1:      # mean height over the measured span
@@ -249,11 +288,11 @@ def table_of_rates(runs: list[dict], rates: list[float]) -> dict:
     return tables
 
 
-def cell(value, signed: bool = False, digits: int = 2) -> str:
+def cell(value, digits: int, signed: bool = False) -> str:
     if value is None:
         return "-"
     if isinstance(value, dict):
-        return f"{value['mean']:.2f}" + (f"±{value['std']:.2f}" if value["std"] is not None else "")
+        return f"{value['mean']:.{digits}f}" + (f"±{value['std']:.{digits}f}" if value["std"] is not None else "")
     return f"{value:{'+' if signed else ''}.{digits}f}"
 
 
@@ -266,8 +305,9 @@ def show(table: dict, titles: dict, form: str) -> str:
             if not any(v is not None for v in row.values()) or name == "realised" and metric != list(table)[-1]:
                 continue        # nothing known; the realised rate, which all metrics share, once at the end
             title = {"ours": f"{metric} ours (n={next(iter(some.values()))['n']})", "realised": "realised rate"}
+            digits = 3 if name == "realised" else 4 if metric in ("MAE", "Corr") else 2
             lines.append([title.get(name, f"{metric} {name}"),
-                          *(cell(row.get(c), name == "difference", 3 if name == "realised" else 2) for c in some)])
+                          *(cell(row.get(c), digits, name == "difference") for c in some)])
     if form == "markdown":
         lines.insert(1, ["---"] * len(lines[0]))
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -280,11 +320,11 @@ def heading(runs: list[dict], args) -> str:
     """What a table is: whose numbers, on which data, and every reason not to compare them with the paper's."""
     r, module = runs[0], METHODS[runs[0]["method"]][0]
     usual = asdict(replace(module.PAPER[r["dataset"]], **module.ABLATIONS.get(r["ablation"], {})))
-    changed = [f"{k} {v}" for k, v in r["config"].items() if v != usual[k]] + ["not normalised"] * (not r["normalize"])
+    changed = [f"{k} {v}" for k, v in r["config"].items() if v != usual[k] and k != "aligned"] + ["not normalised"] * (not r["normalize"])
     said = [" ".join(filter(None, (r["method"], r["ablation"], "on", r["dataset"])))
             + f", {args.split} split, seeds {' '.join(str(x['seed']) for x in runs)}, mask seed {args.mask_seed}",
             f"data: {r['data']['file']}" + (f", SHA-256 {r['data']['sha256'][:12]}" if r["data"]["sha256"] else "")]
-    said += [f"note: {n}" for n in r["data"]["notes"]]
+    said += [f"note: {n}" for n in r["data"]["notes"] + ["unaligned streams"] * (not r["config"].get("aligned", True))]
     if changed:
         said.append(f"note: other settings than the defaults: {', '.join(changed)}")
     if r["synthetic"]:
@@ -297,7 +337,7 @@ def heading(runs: list[dict], args) -> str:
 
 
 def plot(groups: list, rates: list[float], path: Path) -> None:
-    """F1 against the share of dropped frames, one line a group, the band one standard deviation."""
+    """F1 (and MAE) against the share of dropped frames, one line a group, the band one standard deviation."""
     try:
         import matplotlib
     except ImportError:
@@ -313,7 +353,7 @@ def plot(groups: list, rates: list[float], path: Path) -> None:
             label = " ".join(filter(None, (runs[0]["method"], runs[0]["ablation"], "SYNTHETIC" * runs[0]["synthetic"])))
             axis.plot(rates, mean, marker="o", label=label)
             axis.fill_between(rates, mean - std, mean + std, alpha=.2)
-            axis.set(xlabel="share of frames dropped, p", ylabel=f"weighted {metric} (%)")
+            axis.set(xlabel="share of frames dropped, p", ylabel=metric if metric == "MAE" else f"weighted {metric} (%)")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     try:
@@ -353,7 +393,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--format", choices=("text", "markdown"), default="text", help="of the printed tables (default text)")
     add("--json", type=Path, metavar="F", help="write all tables to F")
     add("--csv", type=Path, metavar="F", help="write all tables to F, one number a line")
-    add("--plot", type=Path, metavar="F.png", help="draw F1 against the share of dropped frames (needs matplotlib)")
+    add("--plot", type=Path, metavar="F.png", help="draw F1 (and MAE) against the share of dropped frames (needs matplotlib)")
     args = parser.parse_args(argv)
     if not all(0 <= p <= 1 for p in args.rates) or args.batch_size < 1:
         parser.error("--rates are shares from 0 to 1, and --batch-size is at least 1")
@@ -380,7 +420,7 @@ def main(argv=None) -> int:
             for table, title in ((sets, "Available streams"), (rates, "Share of frames dropped in every stream")):
                 if table:
                     gap = "\n" if args.format == "text" else "\n\n"
-                    print(f"{title} (weighted F1, %)", show(table, TITLES, args.format), sep=gap, end="\n\n")
+                    print(f"{title} ({UNITS[runs[0]['task']]})", show(table, TITLES, args.format), sep=gap, end="\n\n")
             groups.append((runs, sets, rates))
         if args.json:
             write(args.json, json.dumps([{"runs": r, "sets": s, "rates": t} for r, s, t in groups], indent=1))

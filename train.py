@@ -63,10 +63,12 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def configure(args, ablation: str):
-    """The method's config for this data set, with what the command line and the ablation change."""
+def configure(args, ablation: str, loaded: dict):
+    """The method's config for this data set, with what the command line, the ablation and the data's form change."""
     module = METHODS[args.method][0]
     changes = {k: getattr(args, k) for k in ("epochs", "batch_size", "lr") if getattr(args, k) is not None}
+    if hasattr(module.Config, "aligned"):
+        changes["aligned"] = loaded["aligned"]
     return replace(module.PAPER[args.dataset], **changes, **module.ABLATIONS.get(ablation, {}))
 
 
@@ -104,18 +106,24 @@ class Run:
     def __init__(self, args, ablation: str, seed: int, loaded: dict, device: torch.device):
         module, Model = METHODS[args.method]
         self.args, self.seed, self.device, self.data = args, seed, device, loaded
-        self.config, self.folder = configure(args, ablation), run_folder(args, ablation, seed)
+        self.config, self.folder = configure(args, ablation, loaded), run_folder(args, ablation, seed)
         self.task = module.TASKS[args.dataset]
         torch.manual_seed(seed)
         self.model = Model(loaded["dims"], self.task, self.config).to(device)
+        self.stages = getattr(self.model, "stages", ("train",))
         self.index, self.truth = evaluation.targets(loaded["train"]["label"], self.task)
-        majority = self.truth.float().mean(0).round().long().tolist()      # what the constant predictor answers
+        constant = evaluation.constant(self.truth, self.task)
         self.identity = {"method": args.method, "dataset": args.dataset, "synthetic": args.synthetic,
                          "ablation": ablation, "seed": seed, "limit": args.limit, "normalize": args.normalize,
                          "task": self.task, "dims": loaded["dims"], "config": asdict(self.config),
-                         "data": loaded["source"], "majority": majority}
+                         "data": loaded["source"], "constant": constant}
         self.history, self.best, self.stage, self.epoch = [], None, 0, 0
         self.generator = torch.Generator()
+
+    def begin(self, stage: str) -> None:
+        """Only a method of several stages needs to be told."""
+        if hasattr(self.model, "begin"):
+            self.model.begin(stage)
 
     # ---- one step, one epoch
 
@@ -152,7 +160,7 @@ class Run:
     @torch.no_grad()
     def teacher_outputs(self):
         """The frozen teacher's answers on every complete training clip, once; None if this stage needs none."""
-        if self.model.stages[self.stage] != "student" or "teacher" not in self.model.stages:
+        if self.stages[self.stage] != "student" or "teacher" not in self.stages:
             return None
         self.model.eval()
         rows = torch.arange(len(self.index))
@@ -167,12 +175,14 @@ class Run:
     def train(self) -> None:
         """All stages; a stage ends with the parameters of its best epoch on validation."""
         resumed = self.restore()
-        while self.stage < len(self.model.stages):
-            stage, last = self.model.stages[self.stage], self.stage == len(self.model.stages) - 1
-            self.model.begin(stage)
+        while self.stage < len(self.stages):
+            stage, last = self.stages[self.stage], self.stage == len(self.stages) - 1
+            self.begin(stage)
             if not resumed:
-                torch.manual_seed(self.seed + self.stage)
-                self.generator.manual_seed(self.seed + self.stage)
+                # Counted from the end: the last stage of every ablation sees the same masks and batches.
+                stage_seed = self.seed + len(self.stages) - 1 - self.stage
+                torch.manual_seed(stage_seed)
+                self.generator.manual_seed(stage_seed)
             fixed = self.teacher_outputs()
             optimizer = torch.optim.Adam((p for p in self.model.parameters() if p.requires_grad), lr=self.config.lr)
             if resumed:
@@ -189,10 +199,14 @@ class Run:
                 better = self.note(stage, losses, valid, last)
                 self.store(optimizer)
                 terms = " ".join(f"{k} {v:.3f}" for k, v in losses.items() if k != "scd_active")
-                print(f"{stage} {self.epoch}/{self.config.epochs}  {terms}  valid F1 {self.history[-1]['score']:.2f}"
+                print(f"{stage} {self.epoch}/{self.config.epochs}  {terms}  {self.valid_score()}"
                       f"{' *' if better else ''}  {time.perf_counter() - began:.1f} s", flush=True)
             self.model.load_state_dict(self.best["model"])
             self.stage, self.epoch, self.best = self.stage + 1, 0, None
+
+    def valid_score(self) -> str:
+        score = self.history[-1]["score"]
+        return f"valid MAE {-score:.4f}" if self.task == "regression" else f"valid F1 {score:.2f}"
 
     def note(self, stage: str, losses: dict, valid: dict, last: bool) -> bool:
         """Record the epoch, and keep its parameters if it is the best so far; returns whether it is."""
@@ -241,7 +255,7 @@ class Run:
             saved = evaluation.read_checkpoint(self.folder / "last.pt", "cpu")
             self.model.load_state_dict(saved["model"])
             self.stage, self.epoch, self.best, self.history = (saved[k] for k in ("stage", "epoch", "best", "history"))
-            print(f"continuing {self.folder} after {self.model.stages[self.stage]} epoch {self.epoch}", flush=True)
+            print(f"continuing {self.folder} after {self.stages[self.stage]} epoch {self.epoch}", flush=True)
             return saved
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         write(path, json.dumps({**self.identity, "command": " ".join(sys.argv), "commit": commit(),
@@ -270,12 +284,12 @@ class Run:
             return False
         self.compare(self.folder / "config.json")
         saved = evaluation.read_checkpoint(self.folder / "last.pt", "cpu")
-        return saved["stage"] == len(self.model.stages) - 1 and saved["epoch"] >= self.config.epochs
+        return saved["stage"] == len(self.stages) - 1 and saved["epoch"] >= self.config.epochs
 
     def dry(self) -> None:
         """One batch of each stage, nothing written."""
-        for self.stage, stage in enumerate(self.model.stages):
-            self.model.begin(stage)
+        for self.stage, stage in enumerate(self.stages):
+            self.begin(stage)
             self.model.train()
             self.generator.manual_seed(self.seed)
             terms = self.step_loss(torch.arange(min(self.config.batch_size, len(self.index)), device=self.device), None)
@@ -307,7 +321,7 @@ def closing(plan: list, args) -> None:
         groups.setdefault(ablation, []).append(evaluation.averages(best["valid"]))
     for ablation, results in groups.items():
         name = " ".join(filter(None, (args.method, ablation, "on", args.dataset, "SYNTHETIC" * args.synthetic)))
-        print(f"\nvalidation, {name} (weighted F1, %)")
+        print(f"\nvalidation, {name} ({evaluation.UNITS[METHODS[args.method][0].TASKS[args.dataset]]})")
         table = {k: {"ours": {c: evaluation.summary([r[c][k] for r in results]) for c in evaluation.COLUMNS}}
                  for k in results[0]["avg"]}
         print(evaluation.show(table, evaluation.TITLES, "text"))
@@ -332,7 +346,7 @@ def side_by_side(args, argv: list[str], plan: list) -> list[int]:
             for said in child.stdout:
                 final = said.strip() or final
                 line.set_postfix_str(final)
-                if line.disable and " valid F1 " in said:
+                if line.disable and " valid " in said:
                     print(f"{name}: {final}", flush=True)
         if child.wait() not in (0, 130):        # 130: stopped from the keyboard
             print(f"{name} failed: {final}", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ import corrkd
 import data
 import eval as evaluation
 import train
+import umdf
 from data import SPLITS, STREAMS, DataError
 from test_data import content, written
 
@@ -33,9 +34,9 @@ def learnable(**changes):
     return made
 
 
-def run(folder, *more, seeds=("1",), epochs="2", dataset="mosi"):
+def run(folder, *more, seeds=("1",), epochs="2", dataset="mosi", method="corrkd"):
     """train.main on folder/data, runs in folder/runs, in process."""
-    return train.main(["--method", "corrkd", "--dataset", dataset, "--data-dir", str(folder / "data"), "--out", str(folder / "runs"),
+    return train.main(["--method", method, "--dataset", dataset, "--data-dir", str(folder / "data"), "--out", str(folder / "runs"),
                        "--epochs", epochs, "--lr", "0.004", "--batch-size", "16", "--device", "cpu", "--seeds", *seeds, *more])
 
 
@@ -90,6 +91,44 @@ def test_label_zero_is_left_out_of_polarity():
     assert index.tolist() == [0, 2, 4] and truth.tolist() == [0, 1, 1]
 
 
+def test_regression_metrics_computed_by_hand():
+    truth = np.array([-2.0, -1.0, 0.0, 0.5, 1.5, 3.0])
+    answer = np.array([-1.4, 0.2, -0.1, 0.0, 2.5, 3.7])
+    got = evaluation.metrics("regression", answer, truth)
+    assert got["MAE"] == pytest.approx((.6 + 1.2 + .1 + .5 + 1.0 + .7) / 6)
+    # without label 0: truth - - + + +, answer - + - + + (0.0 is not > 0): 3 of 5
+    assert got["Acc-2"] == pytest.approx(60) and got["F1"] == pytest.approx(100 * (2 / 5 * .5 + 3 / 5 * 2 / 3))
+    # with it, >= 0: truth - - + + + +, answer - + - + + +: 4 of 6
+    assert got["Acc-2 has0"] == pytest.approx(400 / 6) and got["F1 has0"] == pytest.approx(100 * (2 / 6 * .5 + 4 / 6 * .75))
+    # halves to the even: truth -2 -1 0 0 2 3, answer -1 0 0 0 2 3 (2.5 -> 2, 3.7 clipped to 3): 4 of 6
+    assert got["Acc-7"] == pytest.approx(400 / 6)
+    x, y = truth - truth.mean(), answer - answer.mean()
+    assert got["Corr"] == pytest.approx((x * y).sum() / ((x * x).sum() * (y * y).sum()) ** .5)
+
+
+def test_metrics_of_hard_regressions_are_quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        constant = evaluation.metrics("regression", np.full(4, .2), np.array([1.0, 2.0, -1.0, 0.0]))
+        assert np.isnan(constant["Corr"]) and constant["Acc-2"] == pytest.approx(200 / 3) and constant["MAE"] == pytest.approx(4.0 / 4)
+        neutral = evaluation.metrics("regression", np.array([.3, -.1]), np.zeros(2))      # nobody is positive or negative
+        assert np.isnan(neutral["F1"]) and neutral["F1 has0"] == pytest.approx(200 / 3)
+        assert np.isnan(evaluation.metrics("regression", np.array([.3]), np.array([1.0]))["Corr"])
+
+
+def test_the_constant_predictor_of_each_task():
+    assert evaluation.constant(torch.tensor([-1.0, .2, .4, 3.0, 3.0]), "regression") == pytest.approx(.4)
+    assert evaluation.constant(torch.tensor([0, 1, 1]), "polarity") == 1
+    assert evaluation.constant(torch.tensor([[0, 1, 0, 0], [0, 1, 0, 1], [1, 0, 0, 0]]), "emotions") == [0, 1, 0, 0]
+
+
+def test_a_regression_is_selected_by_the_mae_of_all_seven_sets():
+    sets = {c: {"n": 3, "realised": {}, "F1": 90.0, "MAE": 1.0 + k} for k, c in enumerate(data.SETS)}
+    assert evaluation.score(sets) == pytest.approx(-4.0)
+    emotions = {c: {"n": 3, "realised": {}, "F1 happy": 50.0 + k, "F1 sad": 60.0 + k} for k, c in enumerate(data.SETS)}
+    assert evaluation.score(emotions) == pytest.approx(58.0)
+
+
 # ------------------------------------------------------------------------------------- predictions
 
 @pytest.mark.parametrize("lengths", [(8, 8, 8), (8, 12, 10)])
@@ -112,7 +151,9 @@ def test_streams_encoded_once_give_what_full_passes_give(tmp_path, lengths):
 
 
 def test_a_method_without_separate_streams_is_evaluated_by_full_passes(tmp_path):
-    split = data.load("mosi", written(tmp_path, content(n=30)), SPLITS)["test"]
+    made = content(n=30)
+    made["test"] = {k: v[np.random.default_rng(0).permutation(30)] for k, v in made["test"].items()}   # not by length
+    split = data.load("mosi", written(tmp_path, made), SPLITS)["test"]
     torch.manual_seed(0)
     model = corrkd.CorrKD({m: split[m].shape[2] for m in STREAMS}, "polarity").eval()
 
@@ -251,18 +292,47 @@ def test_ablations_share_their_start(tmp_path, capsys):
     assert len(set(first.values())) == 1
 
 
-@pytest.mark.parametrize("ablation", list(corrkd.ABLATIONS))
-def test_every_ablation_trains_and_is_evaluated(tmp_path, ablation, capsys):
+@pytest.mark.parametrize("method, ablation", [(m, a) for m, module in (("corrkd", corrkd), ("umdf", umdf)) for a in module.ABLATIONS])
+def test_every_ablation_trains_and_is_evaluated(tmp_path, method, ablation, capsys):
     written(tmp_path / "data", learnable(n=20))
-    assert run(tmp_path, "--ablate", ablation, epochs="1") == 0
-    assert evaluation.main([str(tmp_path / "runs" / f"corrkd-mosi-{ablation}-s1"), "--rates", "0", "0.5"]) == 0
-    assert f"corrkd {ablation} on mosi" in capsys.readouterr().out
+    assert run(tmp_path, "--ablate", ablation, epochs="1", method=method) == 0
+    assert evaluation.main([str(tmp_path / "runs" / f"{method}-mosi-{ablation}-s1"), "--rates", "0", "0.5"]) == 0
+    assert f"{method} {ablation} on mosi" in capsys.readouterr().out
 
 
-def test_iemocap_with_four_heads(tmp_path, capsys):
+@pytest.mark.parametrize("lengths", [(8, 8, 8), (8, 12, 10)])
+def test_a_regression_from_training_to_table(tmp_path, capsys, lengths):
+    """UMDF on aligned and unaligned clips: learns, is chosen by MAE, and its table has the paper's two known cells."""
+    made = learnable(lengths=lengths)
+    written(tmp_path / "data", made)
+    assert run(tmp_path, epochs="3", method="umdf") == 0
+    lines = history(tmp_path, "umdf-mosi-s1")
+    assert lines[-1]["losses"]["task_complete"] < lines[0]["losses"]["task_complete"] and {h["stage"] for h in lines} == {"train"}
+    best = max(lines, key=lambda h: h["score"])
+    assert best["score"] == pytest.approx(-statistics.fmean(best["valid"][c]["MAE"] for c in data.SETS))
+    checkpoint = torch.load(tmp_path / "runs" / "umdf-mosi-s1" / "best.pt", weights_only=True)
+    assert checkpoint["epoch"] == best["epoch"] and checkpoint["config"]["aligned"] is (len(set(lengths)) == 1)
+    assert best["valid"]["l"]["n"] == 40 and "valid MAE" in capsys.readouterr().out      # clips of label 0 count
+    assert evaluation.main([str(tmp_path / "runs" / "umdf-mosi-s1"), "--rates", "0", "0.5"]) == 0
+    rows = {tuple(line.split()[:2]): line.split()[2:] for line in capsys.readouterr().out.split("Share of")[0].splitlines() if line.startswith(("F1", "MAE"))}
+    assert rows["F1", "paper"] == ["-"] * 7 + ["83.36"] and rows["MAE", "paper"] == ["-"] * 7 + ["0.7820"]
+    y, median = made["test"]["labels"].ravel(), np.sort(made["train"]["labels"].ravel())[19]
+    assert float(rows["MAE", "constant"][0]) == pytest.approx(abs(y - median).mean(), abs=1e-4)
+
+
+def test_an_aligned_run_refuses_an_unaligned_file(tmp_path, capsys):
+    written(tmp_path / "data", learnable(n=20))
+    written(tmp_path / "other", learnable(n=20, lengths=(8, 12, 10)))
+    run(tmp_path, epochs="1", method="umdf")
+    assert evaluation.main([str(tmp_path / "runs" / "umdf-mosi-s1"), "--data-dir", str(tmp_path / "other")]) == 2
+    assert "unaligned streams" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["corrkd", "umdf"])
+def test_iemocap_with_four_heads(tmp_path, capsys, method):
     written(tmp_path / "data", learnable(emotions=True), "iemocap_data.pkl")
-    assert run(tmp_path, dataset="iemocap", epochs="1") == 0
-    assert evaluation.main([str(tmp_path / "runs" / "corrkd-iemocap-s1"), "--protocol", "combos"]) == 0
+    assert run(tmp_path, dataset="iemocap", epochs="1", method=method) == 0
+    assert evaluation.main([str(tmp_path / "runs" / f"{method}-iemocap-s1"), "--protocol", "combos"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[1] for line in out.splitlines() if " ours (n=1) " in line and line.startswith("F1")][-4:] == ["happy", "sad", "angry", "neutral"]
 
