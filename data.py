@@ -4,9 +4,12 @@
     python data.py synthesize mosi|mosei|iemocap --out DIR          write a stand-in in MulT's layout
 
 Formats: MulT's (split -> text, audio, vision, labels, id) and MMSA's (split -> text, audio, vision,
-regression_labels, id, audio_lengths, ...); splits are train, valid, test. A split in memory is one dict:
+regression_labels, id, audio_lengths, ...); splits are train, valid, test. Or folders of feature files, one .npy or one
+folder of .npy a clip, with Double-Flow's label file. A split in memory is one dict:
 
-    text, audio, vision   float32 (N, T_m, d_m) on the device; each clip starts at position 0, padding is zero
+    text, audio, vision   float32 (N, T_m, d_m) on the device, or Frames, which reads the clips of a batch from their
+                          files; each clip starts at position 0, padding is zero
+    simulated_text        the same, where the data carries it
     real                  stream -> bool (N, T_m) on the CPU, True = not padding
     label                 float32 (N,) in [-3, 3], or (N, 4) of 0 and 1: neutral, happy, sad, angry
     id                    list of N strings ([] where the file has none)
@@ -15,10 +18,12 @@ Masks have one convention everywhere: `real` True = not padding; `present` True 
 """
 import argparse
 import hashlib
+import io
 import math
 import pickle
 import re
 import sys
+import zipfile
 import zlib
 from collections import OrderedDict
 from pathlib import Path
@@ -27,6 +32,7 @@ import numpy as np
 import torch
 
 STREAMS = ("text", "audio", "vision")
+SIMULATED = "simulated_text"        # made from the audio beforehand; a fourth stream of Double-Flow alone
 SPLITS = ("train", "valid", "test")
 SETS = {"l": ("text",), "a": ("audio",), "v": ("vision",), "la": ("text", "audio"), "lv": ("text", "vision"),
         "av": ("audio", "vision"), "lav": STREAMS}      # the papers' available sets
@@ -44,6 +50,7 @@ KNOWN = {"78e0f8b5ef8ff71558e7307848fc1fa929ecb078203f565ab22b9daab2e02524": "MM
 SYNTHETIC = "SYNTHETIC stand-in, version 1"
 CHUNK = 256             # clips handled at a time: bounds every temporary copy
 LARGE = 1 << 20         # bytes from which an array stays in the file until it is needed
+MAX_FRAMES = 1500       # of a training clip in feature folders; our choice
 
 
 class DataError(Exception):
@@ -304,13 +311,13 @@ def tensors(fields: dict, dataset: str, where: str, limit: int | None = None) ->
                         f"{', '.join(f'{n} clips of {m}' for m, n in sizes.items())} do not match.")
     count = min(len(label), limit or len(label))
     split, seen, facts = {"label": label[:count], "id": ids[:count], "real": {}}, {}, {}
-    for m in STREAMS:
+    for m in (*STREAMS, *[SIMULATED] * (SIMULATED in fields)):
         split[m], seen[m], facts[m] = _stream(fields, m, where, ids, count)
         fields[m] = None                                        # a stand-in's array is no longer needed
     aligned = len({seen[m].shape[1] for m in STREAMS}) == 1
     if aligned:
-        seen = dict.fromkeys(STREAMS, seen["text"] | seen["audio"] | seen["vision"])
-    for m in STREAMS:
+        seen.update(dict.fromkeys(STREAMS, seen["text"] | seen["audio"] | seen["vision"]))
+    for m in streams(split):
         start, stop = _spans(seen[m], None if aligned else fields.get(f"{m}_lengths"))
         frames = torch.arange(seen[m].shape[1])
         split["real"][m] = frames < (stop - start)[:, None]
@@ -321,6 +328,10 @@ def tensors(fields: dict, dataset: str, where: str, limit: int | None = None) ->
         front, behind = int((start > 0).sum()), int(((stop > 0) & (stop < len(frames))).sum())
         facts[m] += f", zero padding {'in front' if front > behind else 'behind' if behind else 'nowhere'}"
     return {**split, "facts": facts}
+
+
+def streams(split: dict) -> list[str]:
+    return [m for m in (*STREAMS, SIMULATED) if m in split]
 
 
 def statistics(split: dict) -> dict:
@@ -337,9 +348,10 @@ def statistics(split: dict) -> dict:
 
 
 def standardize(split: dict, stats: dict) -> None:
-    """In place: (x - mean) / std clipped to +-5; frames of zeros (padding, a face not found) stay zero, the mean."""
-    for m in STREAMS:
-        mean, std = stats[m]
+    """In place: (x - mean) / std clipped to +-5; frames of zeros (padding, a face not found) stay zero, the mean.
+    Simulated text is treated as text, whose features it imitates."""
+    for m in streams(split):
+        mean, std = stats["text" if m == SIMULATED else m]
         if len(mean) != split[m].shape[2]:
             raise DataError(f"The data has {split[m].shape[2]} features of {m}, the run was trained on {len(mean)}.")
         for part in split[m].split(CHUNK):
@@ -347,34 +359,189 @@ def standardize(split: dict, stats: dict) -> None:
             part.sub_(mean).div_(std).clamp_(-5, 5).mul_(seen)
 
 
-def load(dataset: str, data_dir: str | Path = "data", splits=("train", "valid"), device="cpu", normalize=True,
-         stats: dict | None = None, synthetic=False, limit: int | None = None) -> dict:
-    """The named splits, plus "dims" (stream -> width), "aligned" (whether all streams have the same number of frames),
-    "stats" (None without normalisation) and "source": what the data is. `stats` of an earlier load replace the training split's own; `limit` keeps each split's first clips.
-    The other splits' features are not read. Memory peaks a little above the float32 size of the features."""
-    if synthetic:
-        fields = {s: stand_in(dataset, s) for s in splits}
-        source = {"file": SYNTHETIC, "sha256": None, "notes": []}
-    else:
-        path = find(dataset, data_dir)
-        fields = read_pickle(path)
-        source = {"file": str(path), "sha256": sha256(path), "notes": notes(fields, dataset)}
+# ---------------------------------------------------------------------------------- folders of feature files
+
+class _Bytes(io.BytesIO):
+    blocks = {}             # what _Array asks its source for
+
+
+def _open_npy(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as an array of numbers: {str(error).splitlines()[0]}") from None
+    if array.dtype.kind not in "fiu" or array.ndim not in (1, 2) or 0 in array.shape:
+        raise DataError(f"{path} is an array of {array.dtype} {array.shape}; expected numbers, (frames, features) or "
+                        "(features,).")
+    return array
+
+
+class Frames:
+    """One stream of feature files in the place of a tensor (N, T, d): `rows` reads the clips that a batch asks for."""
+
+    def __init__(self, name: str, folder: Path, ids: list[str]):
+        self.name, self.paths, self.device = name, [], "cpu"
+        if not folder.is_dir():
+            raise DataError(f"--features {name}={folder}: there is no such folder.")
+        lacking, length, widths = [], [], {}
+        for clip in ids:
+            file, parts = folder / f"{clip}.npy", folder / clip
+            paths = [file] if file.is_file() else sorted(parts.glob("*.npy")) if parts.is_dir() else []
+            if not paths:
+                lacking.append(clip)
+                continue
+            shape = _open_npy(paths[0]).shape
+            self.paths.append(paths)
+            length.append(shape[0] if len(paths) == 1 and len(shape) == 2 else len(paths))
+            widths.setdefault(shape[-1], clip)
+        if lacking:
+            raise DataError(f"--features {name}={folder} lacks {len(lacking)} of {len(ids)} clips, first {lacking[0]}.")
+        if len(widths) > 1:
+            (a, first), (b, second) = list(widths.items())[:2]
+            raise DataError(f"--features {name}={folder}: clip {first} has {a} features a frame, clip {second} {b}.")
+        self.length = torch.tensor(length)
+        self.shape = (len(ids), max(length), next(iter(widths)))
+
+    def to(self, device) -> "Frames":
+        self.device = device
+        return self
+
+    def keep(self, index: torch.Tensor) -> None:
+        """Only these clips from now on."""
+        self.paths, self.length = [self.paths[i] for i in index.tolist()], self.length[index]
+        self.shape = (len(index), int(self.length.max()), self.shape[2])
+
+    def rows(self, index: torch.Tensor, longest: int) -> torch.Tensor:
+        """float32 (len(index), longest, d) on the device, padded behind."""
+        x = torch.zeros(len(index), longest, self.shape[2])
+        for row, i in enumerate(index.tolist()):
+            parts = [np.atleast_2d(_open_npy(path)) for path in self.paths[i]]
+            array = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            if array.shape != (int(self.length[i]), self.shape[2]):
+                raise DataError(f"{self.paths[i][0]}: this clip has {array.shape} values of {self.name} now, and had "
+                                f"{(int(self.length[i]), self.shape[2])} before, or its frames differ.")
+            x[row, :len(array)] = torch.from_numpy(array[:longest].astype(np.float32))
+        if not x.isfinite().all():
+            bad = index[int((~x.isfinite()).flatten(1).any(1).nonzero()[0])]
+            raise DataError(f"{self.paths[bad][0]}: '{self.name}' holds values that are NaN or infinite.")
+        return x.to(self.device)
+
+
+def read_labels(path: Path) -> dict:
+    """split -> (ids, sentiment (N,)) of Double-Flow's label file: an .npz of train_corpus, val_corpus and test_corpus,
+    each a pickled dict clip -> {"emo", "val"}. Read as every pickle here: nothing in it runs."""
     result = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for split, name in zip(SPLITS, ("train_corpus.npy", "val_corpus.npy", "test_corpus.npy")):
+                if archive.getinfo(name).file_size > 1 << 28:
+                    raise pickle.UnpicklingError(f"{name} is too large for a list of labels")
+                raw = _Bytes(archive.read(name))
+                version = np.lib.format.read_magic(raw)
+                if version not in ((1, 0), (2, 0)):
+                    raise pickle.UnpicklingError(f"{name} is of an unknown version of numpy's format")
+                read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+                if not read(raw)[2].hasobject:
+                    raise pickle.UnpicklingError(f"{name} holds no dict")
+                corpus = _plain(_Unpickler(raw).load()).reshape(-1)[0]
+                values = np.array([float(np.reshape(_plain(fact["val"]), ())) for fact in corpus.values()], np.float32)
+                result[split] = list(map(str, corpus)), torch.from_numpy(values)
+    except FileNotFoundError:
+        raise DataError(f"--labels {path} does not exist.") from None
+    except OSError as error:
+        raise DataError(f"--labels {path} cannot be read: {error.strerror or error}.") from None
+    except Exception as error:  # a damaged file can raise anything
+        said = " ".join(str(error).split()) if isinstance(error, pickle.UnpicklingError) else type(error).__name__
+        raise DataError(f"--labels {path} is refused: {said}. Expected an .npz of train_corpus, val_corpus and "
+                        "test_corpus, each a dict clip -> {emo, val}.") from None
+    for split, (ids, label) in result.items():
+        if not ids or not (label.abs() <= 3).all():
+            raise DataError(f"--labels {path}: {split} is empty, or a sentiment in it leaves the range [-3, 3].")
+        if strange := next((i for i in ids if Path(i).name != i or i in ("", ".", "..")), None):
+            raise DataError(f"--labels {path}: {strange!r} cannot be the name of a clip's file.")
+    return result
+
+
+def folder(text: str) -> tuple[str, str]:
+    """name=DIR of --features."""
+    name, sign, where = text.partition("=")
+    known = (*STREAMS, SIMULATED)
+    if name not in known or not sign or not where:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR with NAME one of {', '.join(known)}")
+    return name, where
+
+
+def _feature_splits(features: dict, labels, splits, limit: int | None, max_frames: int) -> tuple[dict, dict]:
+    """The named splits over feature folders, and their source."""
+    if lacking := [m for m in STREAMS if m not in features]:
+        raise DataError(f"--features lacks {', '.join(lacking)}: give text=DIR audio=DIR vision=DIR, if you have it "
+                        f"{SIMULATED}=DIR, and --labels FILE.")
+    if labels is None:
+        raise DataError("--features needs --labels FILE, Double-Flow's label_official.npz.")
+    corpus, result, said = read_labels(Path(labels)), {}, []
+    digest = hashlib.sha256(Path(labels).read_bytes())
     for s in splits:
-        result[s] = tensors(fields.pop(s), dataset, f"{source['file']}, split {s}", limit)
-    dims = {m: result[splits[0]][m].shape[2] for m in STREAMS}
-    if any(result[s][m].shape[2] != dims[m] for s in splits for m in STREAMS):
+        ids, label = (part[:limit] for part in corpus[s])
+        split = {m: Frames(m, Path(features[m]), ids) for m in (*STREAMS, SIMULATED) if m in features}
+        longest = torch.stack([f.length for f in split.values()]).amax(0)
+        kept = (longest <= max_frames).nonzero()[:, 0] if s == "train" else torch.arange(len(ids))
+        if len(kept) == 0:
+            raise DataError(f"All training clips are longer than --max-frames {max_frames}.")
+        if len(kept) < len(ids):
+            said.append(f"{len(ids) - len(kept)} training clips of more than {max_frames} frames are left out")
+        for frames in split.values():
+            frames.keep(kept)
+        real = {m: torch.arange(f.shape[1]) < f.length[:, None] for m, f in split.items()}
+        result[s] = {**split, "real": real, "label": label[kept], "id": [ids[i] for i in kept.tolist()], "facts": {}}
+    for a, b in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        if both := set(corpus[a][0]) & set(corpus[b][0]):
+            said.append(f"{len(both)} clips stand in both {a} and {b}, for instance {min(both)}")
+    widths = {m: result[splits[0]][m].shape[2] for m in features}
+    digest.update(repr(sorted((m, Path(where).name, widths[m]) for m, where in features.items())).encode())
+    folders = " ".join(f"{m}={where}" for m, where in features.items())
+    return result, {"file": f"features {folders} labels={labels}", "sha256": digest.hexdigest(), "notes": said,
+                    "features": {m: str(d) for m, d in features.items()}, "labels": str(labels),
+                    "max_frames": max_frames}
+
+
+def load(dataset: str, data_dir: str | Path = "data", splits=("train", "valid"), device="cpu", normalize=True,
+         stats: dict | None = None, synthetic=False, limit: int | None = None, features: dict | None = None,
+         labels: str | Path | None = None, max_frames: int = MAX_FRAMES) -> dict:
+    """The named splits, plus "dims" (stream -> width), "aligned" (whether all streams have the same number of frames),
+    "stats" (None without normalisation) and "source": what the data is. `stats` of an earlier load replace the training
+    split's own; `limit` keeps each split's first clips. The other splits' features are not read. Memory peaks a little
+    above the float32 size of the features. With `features` (stream -> folder) and `labels`, clips are read from feature
+    files batch by batch, as they are: normalize must be off."""
+    if features:
+        if normalize or dataset == "iemocap":
+            raise DataError("--features holds sentiment clips that are used as they are: mosi or mosei, without "
+                            "--normalize.")
+        result, source = _feature_splits(features, labels, splits, limit, max_frames)
+    else:
+        if synthetic:
+            fields = {s: stand_in(dataset, s) for s in splits}
+            source = {"file": SYNTHETIC, "sha256": None, "notes": []}
+        else:
+            path = find(dataset, data_dir)
+            fields = read_pickle(path)
+            source = {"file": str(path), "sha256": sha256(path), "notes": notes(fields, dataset)}
+        result = {s: tensors(fields.pop(s), dataset, f"{source['file']}, split {s}", limit) for s in splits}
+    dims = {m: result[splits[0]][m].shape[2] for m in streams(result[splits[0]])}
+    if any(dims != {m: result[s][m].shape[2] for m in streams(result[s])} for s in splits):
         raise DataError(f"{source['file']}: the splits differ in feature width.")
-    if dims != _WIDTHS:
-        source["notes"].append(" / ".join(str(d) for d in dims.values()) + " features of text / audio / vision: "
+    if dims.get(SIMULATED, dims["text"]) != dims["text"]:
+        raise DataError(f"{source['file']}: simulated_text has {dims[SIMULATED]} features, text {dims['text']}; they "
+                        "must be the same.")
+    if {m: dims[m] for m in STREAMS} != _WIDTHS:
+        source["notes"].append(" / ".join(str(dims[m]) for m in STREAMS) + " features of text / audio / vision: "
                                "not the papers' GloVe 300 / COVAREP 74 / Facet 35")
     if normalize:
         stats = stats or statistics(result["train"])
         for s in splits:
             standardize(result[s], stats)
     for s in splits:
-        result[s].update({k: result[s][k].to(device) for k in (*STREAMS, "label")})
-    aligned = all(len({result[s][m].shape[1] for m in STREAMS}) == 1 for s in splits)
+        result[s].update({k: result[s][k].to(device) for k in (*streams(result[s]), "label")})
+    aligned = not features and all(len({result[s][m].shape[1] for m in STREAMS}) == 1 for s in splits)
     return {**result, "dims": dims, "aligned": aligned, "stats": stats if normalize else None, "source": source}
 
 
@@ -439,12 +606,17 @@ def batches(real: dict, index: torch.Tensor, size: int, generator: torch.Generat
     return [groups[i] for i in torch.randperm(len(groups), generator=generator)]
 
 
+def take(split: dict, m: str, index: torch.Tensor, longest: int) -> torch.Tensor:
+    """Stream m of these clips, cut to `longest` frames."""
+    x = split[m]
+    return x.rows(index, longest) if isinstance(x, Frames) else x[:, :longest][index.to(x.device)]
+
+
 def batch(split: dict, index: torch.Tensor) -> tuple[dict, dict]:
     """The clips of `index` cut to their longest: streams on the device, real on the CPU."""
-    real = {m: split["real"][m][index] for m in STREAMS}
-    longest = {m: max(1, int(real[m].sum(1).max())) for m in STREAMS}
-    return ({m: split[m][:, :longest[m]][index.to(split[m].device)] for m in STREAMS},
-            {m: real[m][:, :longest[m]] for m in STREAMS})
+    real = {m: split["real"][m][index] for m in streams(split)}
+    longest = {m: max(1, int(r.sum(1).max())) for m, r in real.items()}
+    return ({m: take(split, m, index, longest[m]) for m in real}, {m: r[:, :longest[m]] for m, r in real.items()})
 
 
 # ---------------------------------------------------------------------------------- the synthetic stand-in

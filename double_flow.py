@@ -59,7 +59,8 @@ STREAMS = ("text", "audio", "vision")
 ORDER = ("audio", "text", "vision")         # in which the network joins its modalities
 TASKS = {"mosi": "regression", "mosei": "regression", "iemocap": "emotions"}
 OUTPUTS = {"regression": 1, "emotions": 8}  # one score, or four yes/no decisions of two logits
-SELECTION = ("lav", "av")                   # a checkpoint is chosen on both flows: complete, and text missing
+TABLE = {"lav": "complete", "av": "text missing"}       # the paper's two columns, and their sets of streams
+SELECTION = tuple(TABLE)                    # a checkpoint is chosen on both flows
 
 
 @dataclass
@@ -215,8 +216,8 @@ def stack(first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | No
 
 
 class DoubleFlow(nn.Module):
-    """dims: feature width of text, audio and vision, and of simulated_text where the data carries it. task: "regression"
-    (one score) or "emotions" (four yes/no decisions)."""
+    """dims: feature width of text, audio and vision, and of simulated_text where the data carries it. task:
+    "regression" (one score) or "emotions" (four yes/no decisions)."""
 
     def __init__(self, dims: dict[str, int], task: str, config: Config | None = None):
         super().__init__()
@@ -226,7 +227,7 @@ class DoubleFlow(nn.Module):
         if config.mia not in ("x_t", "z", "off"):
             raise ValueError(f"mia must be x_t, z or off, not {config.mia!r}")
         if dims.get("simulated_text", dims["text"]) != dims["text"]:
-            raise ValueError(f"simulated text has {dims['simulated_text']} features, text {dims['text']}: they share (1)")
+            raise ValueError(f"simulated text has {dims['simulated_text']} features, text {dims['text']}: not the same")
         self.config, self.task = config, task
         d = 256
         self.project = nn.ModuleDict({m: nn.Linear(dims[m], d) for m in ORDER})

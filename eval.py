@@ -8,6 +8,7 @@ Runs of the same method, data and ablation are averaged over their seeds. Each r
 import argparse
 import csv
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -22,10 +23,12 @@ from sklearn.metrics import accuracy_score, auc, f1_score, mean_absolute_error
 
 import corrkd
 import data
+import double_flow
 import umdf
 from data import DataError
 
-METHODS = {"umdf": (umdf, umdf.UMDF), "corrkd": (corrkd, corrkd.CorrKD)}
+METHODS = {"umdf": (umdf, umdf.UMDF), "corrkd": (corrkd, corrkd.CorrKD),
+           "double_flow": (double_flow, double_flow.DoubleFlow)}
 COLUMNS = ("l", "a", "v", "la", "lv", "av", "avg", "lav")
 TITLES = {**{c: "{" + ",".join(c) + "}" for c in COLUMNS}, "avg": "Avg."}
 SHOWN = ("happy", "sad", "angry", "neutral")    # the papers' order of emotions
@@ -65,7 +68,7 @@ def weighted_f1(truth: np.ndarray, answer: np.ndarray) -> float:
 
 
 def metrics(task: str, answer: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """answer, truth: classes (n,) or (n, 4), or sentiment (n,). F1 and accuracies in per cent, MAE in units of the label.
+    """answer, truth: classes (n,) or (n, 4), or sentiment (n,). F1 and accuracies in per cent, MAE in label units.
 
     Regression: F1 and Acc-2 ask whether > 0, of the clips whose sentiment is not 0; "has0" whether >= 0, of all clips.
     Acc-7 compares the nearest integers in [-3, 3], halves to the even one (0.5 -> 0, 1.5 and 2.5 -> 2), as numpy and
@@ -95,7 +98,7 @@ def encode(model, m: str, split: dict, present: torch.Tensor, size: int) -> torc
     parts, order = [], length.argsort(stable=True)
     for index in order.split(size):
         cut = max(1, int(length[index[-1]]))
-        x = split[m][:, :cut][index.to(split[m].device)]
+        x = data.take(split, m, index, cut)
         masks = [mask[index, :cut].to(x.device) for mask in (split["real"][m], present)]
         parts.append(model.encode(m, x * masks[1][..., None], masks[0]))
     return torch.cat(parts)[order.argsort().to(x.device)]
@@ -105,8 +108,8 @@ def encode(model, m: str, split: dict, present: torch.Tensor, size: int) -> torc
 def encode_absent(model, m: str, split: dict, size: int) -> torch.Tensor:
     """Stream m removed, (N, d): all its frames are zeros, so clips of one length share one answer."""
     length, clip = split["real"][m].sum(1).unique(return_inverse=True)
-    device, frames = split[m].device, torch.arange(max(1, int(length.max())))
-    zeros = split[m].new_zeros(min(size, len(length)), len(frames), split[m].shape[2])
+    device, frames = split["label"].device, torch.arange(max(1, int(length.max())))
+    zeros = torch.zeros(min(size, len(length)), len(frames), split[m].shape[2], device=device)
     rows = [model.encode(m, zeros[:len(part)], (frames < part[:, None]).to(device)) for part in length.split(size)]
     return torch.cat(rows)[clip.to(device)]
 
@@ -119,7 +122,7 @@ def predict(model, split: dict, conditions, name: str, mask_seed: int = 0, size:
     once absent, and the sets are put together from these.
     """
     model.eval()
-    separate = hasattr(model, "encode")
+    separate, known = hasattr(model, "encode"), inspect.signature(model.forward).parameters
     if separate:
         whole = {m: encode(model, m, split, split["real"][m], size) for m in data.STREAMS}
         absent = {m: encode_absent(model, m, split, size) for m in data.STREAMS}
@@ -134,8 +137,9 @@ def predict(model, split: dict, conditions, name: str, mask_seed: int = 0, size:
             for index in order.split(size):
                 streams, real = data.batch(split, index)
                 real = {m: r.to(streams[m].device) for m, r in real.items()}
-                streams = {m: x * present[m][index, :x.shape[1]].to(x.device)[..., None] for m, x in streams.items()}
-                outputs.append(model(**streams, real=real))
+                for m in data.STREAMS:
+                    streams[m] = streams[m] * present[m][index, :streams[m].shape[1]].to(streams[m].device)[..., None]
+                outputs.append(model(**{m: x for m, x in streams.items() if m in known}, real=real))
             output = torch.cat(outputs)[order.argsort().to(outputs[0].device)]
         yield condition, output, data.realised(present, split["real"])
 
@@ -216,34 +220,67 @@ def device_named(name: str) -> torch.device:
     return device
 
 
+def measure(model, run: dict, loaded: dict, args) -> dict:
+    """The results of one model: what the run was, on which data, and the metrics of every condition."""
+    split, task = loaded[args.split], run["task"]
+    conditions = list(data.SETS) * (args.protocol != "rates") + args.rates * (args.protocol != "combos")
+    measured = evaluate(model, task, split, conditions, args.split, args.mask_seed, args.batch_size)
+    truth = targets(split["label"], task)[1].cpu().numpy()
+    kept = ("method", "dataset", "task", "ablation", "synthetic", "seed", "epoch", "limit", "normalize", "config",
+            "dims", "checkpoint_sha256")
+    return {**{k: run[k] for k in kept}, "split": args.split, "mask_seed": args.mask_seed, "data": loaded["source"],
+            "trained_on": run["data"],
+            "constant": metrics(task, np.broadcast_to(np.array(run["constant"]), truth.shape), truth),
+            "conditions": measured}
+
+
 def evaluate_run(folder: Path, args, device, cache: dict) -> dict:
     """Measure one run on the asked split and write its results.json."""
     path = folder / "best.pt"
     run = read_checkpoint(path, device)
-    model, task = build(run, path, device), run["task"]
-    where = args.data_dir or run["data"]["file"]
-    key = (run["dataset"], run["synthetic"], str(where), run["limit"], run["normalize"], run["data"]["sha256"])
+    model, source = build(run, path, device), run["data"]
+    where = args.data_dir or source["file"]
+    features = args.features or (None if args.data_dir else source.get("features"))
+    labels = args.labels or source.get("labels")
+    key = (run["dataset"], run["synthetic"], str(where), run["limit"], run["normalize"], source["sha256"],
+           str(features), str(labels))
     if key not in cache:
         cache.clear()       # runs come sorted, and one split may fill the memory
         stats = run["stats"] and {m: tuple(t.cpu() for t in pair) for m, pair in run["stats"].items()}
         cache[key] = data.load(run["dataset"], where, (args.split,), device, run["normalize"], stats, run["synthetic"],
-                               run["limit"])
-    split, source = cache[key][args.split], cache[key]["source"]
-    if cache[key]["dims"] != run["dims"]:
-        raise DataError(f"{source['file']} has widths {cache[key]['dims']}, {path} was trained on {run['dims']}.")
-    if run["config"].get("aligned") and not cache[key]["aligned"]:
-        raise DataError(f"{source['file']} holds unaligned streams, {path} was trained on aligned ones.")
-    conditions = list(data.SETS) * (args.protocol != "rates") + args.rates * (args.protocol != "combos")
-    measured = evaluate(model, task, split, conditions, args.split, args.mask_seed, args.batch_size)
-    truth = targets(split["label"], task)[1].cpu().numpy()
-    kept = ("method", "dataset", "task", "ablation", "synthetic", "seed", "epoch", "limit", "normalize", "config")
-    result = {**{k: run[k] for k in kept}, "split": args.split, "mask_seed": args.mask_seed,
-              "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-              "data": source, "trained_on": run["data"],
-              "constant": metrics(task, np.broadcast_to(np.array(run["constant"]), truth.shape), truth),
-              "conditions": measured}
+                               run["limit"], features, labels, source.get("max_frames", data.MAX_FRAMES))
+    loaded = cache[key]
+    if loaded["dims"] != run["dims"]:
+        raise DataError(f"{loaded['source']['file']} has widths {loaded['dims']}, {path} was trained on {run['dims']}.")
+    if run["config"].get("aligned") and not loaded["aligned"]:
+        raise DataError(f"{loaded['source']['file']} holds unaligned streams, {path} was trained on aligned ones.")
+    run["checkpoint_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    result = measure(model, run, loaded, args)
     write(folder / "results.json", json.dumps(result, indent=1))
     return result
+
+
+def evaluate_official(args, device) -> dict:
+    """Double-Flow's published checkpoint on its authors' features: MIA off, as in the official main file."""
+    loaded = data.load("mosei", splits=(args.split,), device=device, normalize=False, features=args.features,
+                       labels=args.labels)
+    config = double_flow.Config(mia="off")
+    model = double_flow.DoubleFlow(loaded["dims"], "regression", config).to(device)
+    try:
+        model.load_official(torch.load(args.official, map_location=device, weights_only=True))
+        digest = hashlib.sha256(args.official.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        raise DataError(f"--official {args.official} does not exist.") from None
+    except ValueError as error:
+        raise DataError(f"--official {args.official}: {error}.") from None
+    except Exception as error:  # a damaged file can raise anything
+        raise DataError(f"--official {args.official} is damaged or no checkpoint ({type(error).__name__}).") from None
+    train_label = data.read_labels(args.labels)["train"][1]
+    run = {"method": "double_flow", "dataset": "mosei", "task": "regression", "ablation": "", "synthetic": False,
+           "seed": f"of the published checkpoint {args.official.name}", "epoch": None, "limit": None,
+           "normalize": False, "config": asdict(config), "dims": loaded["dims"], "checkpoint_sha256": digest,
+           "data": loaded["source"], "constant": constant(train_label, "regression")}
+    return measure(model.eval(), run, loaded, args)
 
 
 # ---------------------------------------------------------------------------------- tables
@@ -316,15 +353,25 @@ def show(table: dict, titles: dict, form: str) -> str:
                      for line in lines)
 
 
+def simulation(method: str, streams) -> str:
+    """What stands in for missing text, which every table of Double-Flow says."""
+    if method != "double_flow":
+        return ""
+    return "simulated text: " + ("from the data" if data.SIMULATED in streams else "learned from audio")
+
+
 def heading(runs: list[dict], args) -> str:
     """What a table is: whose numbers, on which data, and every reason not to compare them with the paper's."""
     r, module = runs[0], METHODS[runs[0]["method"]][0]
     usual = asdict(replace(module.PAPER[r["dataset"]], **module.ABLATIONS.get(r["ablation"], {})))
-    changed = [f"{k} {v}" for k, v in r["config"].items() if v != usual[k] and k != "aligned"] + ["not normalised"] * (not r["normalize"])
+    changed = [f"{k} {v}" for k, v in r["config"].items() if v != usual[k] and k != "aligned"]
+    changed += ["not normalised"] * (not r["normalize"] and "features" not in r["data"])
     said = [" ".join(filter(None, (r["method"], r["ablation"], "on", r["dataset"])))
             + f", {args.split} split, seeds {' '.join(str(x['seed']) for x in runs)}, mask seed {args.mask_seed}",
             f"data: {r['data']['file']}" + (f", SHA-256 {r['data']['sha256'][:12]}" if r["data"]["sha256"] else "")]
     said += [f"note: {n}" for n in r["data"]["notes"] + ["unaligned streams"] * (not r["config"].get("aligned", True))]
+    if told := simulation(r["method"], r["dims"]):
+        said.append(told)
     if changed:
         said.append(f"note: other settings than the defaults: {', '.join(changed)}")
     if r["synthetic"]:
@@ -334,6 +381,20 @@ def heading(runs: list[dict], args) -> str:
     if any(x["trained_on"]["sha256"] != x["data"]["sha256"] for x in runs):
         said.append("WARNING: this is not the file that the runs were trained on")
     return "\n".join(said)
+
+
+def parts(module, sets: dict, rates: dict) -> list[tuple[str, dict, dict]]:
+    """The tables to print: title, table, titles of its columns. A method whose paper has another table than the
+    seven sets names that one's columns, and the rest is an extension."""
+    own, extra = getattr(module, "TABLE", None), ""
+    printed = []
+    if own and sets:
+        printed.append(("The paper's table", {metric: {row: {c: cells[c] for c in own} for row, cells in rows.items()}
+                                              for metric, rows in sets.items()}, own))
+        sets, extra = {k: v for k, v in sets.items() if k in MAIN}, ", an extension: not in the paper"
+    printed += [("Available streams" + extra, sets, TITLES),
+                ("Share of frames dropped in every stream" + extra, rates, {})]
+    return [part for part in printed if part[1]]
 
 
 def plot(groups: list, rates: list[float], path: Path) -> None:
@@ -353,7 +414,8 @@ def plot(groups: list, rates: list[float], path: Path) -> None:
             label = " ".join(filter(None, (runs[0]["method"], runs[0]["ablation"], "SYNTHETIC" * runs[0]["synthetic"])))
             axis.plot(rates, mean, marker="o", label=label)
             axis.fill_between(rates, mean - std, mean + std, alpha=.2)
-            axis.set(xlabel="share of frames dropped, p", ylabel=metric if metric == "MAE" else f"weighted {metric} (%)")
+            axis.set(xlabel="share of frames dropped, p",
+                     ylabel=metric if metric == "MAE" else f"weighted {metric} (%)")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     try:
@@ -381,22 +443,33 @@ def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python eval.py RUN [RUN ...] [options]; -h explains them")
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, help="run folders of train.py")
+    add("runs", nargs="*", type=Path, help="run folders of train.py")
     add("--protocol", choices=("combos", "rates", "both"), default="both",
         help="available sets of streams, dropped frames, or both (default)")
     add("--rates", nargs="+", type=float, default=list(data.RATES), help="shares of frames to drop (0.0 ... 1.0)")
     add("--mask-seed", type=int, default=0, help="seed of the fixed evaluation masks (default 0)")
     add("--split", choices=data.SPLITS, default="test", help="default test")
     add("--data-dir", help="data file or folder (default: the file that the run was trained on)")
+    add("--features", nargs="+", type=data.folder, metavar="NAME=DIR",
+        help="feature folders, as for train.py (default: those that the run was trained on)")
+    add("--labels", type=Path, metavar="FILE", help="their label file")
+    add("--official", type=Path, metavar="FILE",
+        help="evaluate Double-Flow's published checkpoint on --features and --labels instead of runs")
     add("--batch-size", type=int, default=256, help="clips at a time; changes no prediction (default 256)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--format", choices=("text", "markdown"), default="text", help="of the printed tables (default text)")
     add("--json", type=Path, metavar="F", help="write all tables to F")
     add("--csv", type=Path, metavar="F", help="write all tables to F, one number a line")
-    add("--plot", type=Path, metavar="F.png", help="draw F1 (and MAE) against the share of dropped frames (needs matplotlib)")
+    add("--plot", type=Path, metavar="F.png",
+        help="draw F1 (and MAE) against the share of dropped frames (needs matplotlib)")
     args = parser.parse_args(argv)
     if not all(0 <= p <= 1 for p in args.rates) or args.batch_size < 1:
         parser.error("--rates are shares from 0 to 1, and --batch-size is at least 1")
+    if bool(args.runs) == bool(args.official):
+        parser.error("name run folders, or --official FILE")
+    if args.official and not (args.features and args.labels):
+        parser.error("--official needs --features and --labels")
+    args.features = args.features and dict(args.features)
     if args.plot and args.protocol == "combos":
         parser.error("--plot draws the frame-dropping curve: leave --protocol combos out")
     args.rates = sorted(set(args.rates))
@@ -407,8 +480,8 @@ def main(argv=None) -> int:
     args = parse(argv)
     try:
         device, cache, grouped = device_named(args.device), {}, {}
-        for folder in sorted(set(args.runs)):
-            result = evaluate_run(folder, args, device, cache)
+        for folder in sorted(set(args.runs)) or [None]:
+            result = evaluate_run(folder, args, device, cache) if folder else evaluate_official(args, device)
             same = ("dataset", "synthetic", "limit", "normalize", "method", "ablation", "config")
             key = json.dumps([result["data"]["sha256"], *(result[k] for k in same)])
             grouped.setdefault(key, []).append(result)
@@ -417,10 +490,9 @@ def main(argv=None) -> int:
             print(heading(runs, args), end="\n\n")
             sets = table_of_sets(runs) if args.protocol != "rates" else {}
             rates = table_of_rates(runs, args.rates) if args.protocol != "combos" else {}
-            for table, title in ((sets, "Available streams"), (rates, "Share of frames dropped in every stream")):
-                if table:
-                    gap = "\n" if args.format == "text" else "\n\n"
-                    print(f"{title} ({UNITS[runs[0]['task']]})", show(table, TITLES, args.format), sep=gap, end="\n\n")
+            for title, table, titles in parts(METHODS[runs[0]["method"]][0], sets, rates):
+                gap = "\n" if args.format == "text" else "\n\n"
+                print(f"{title} ({UNITS[runs[0]['task']]})", show(table, titles, args.format), sep=gap, end="\n\n")
             groups.append((runs, sets, rates))
         if args.json:
             write(args.json, json.dumps([{"runs": r, "sets": s, "rates": t} for r, s, t in groups], indent=1))

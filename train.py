@@ -43,8 +43,14 @@ def parse(argv=None) -> argparse.Namespace:
     add("--lr", type=float, help="learning rate of Adam (default: the method file's)")
     add("--ablate", nargs="+", default=[""], metavar="NAME", help="a run for each NAME instead of the full method: "
         + "; ".join(f"{name}: {', '.join(module.ABLATIONS)}" for name, (module, _) in METHODS.items()))
-    add("--normalize", action=argparse.BooleanOptionalAction, default=True,
-        help="standardise the features by the training split (default: on)")
+    add("--normalize", action=argparse.BooleanOptionalAction,
+        help="standardise the features by the training split (default: on; --features are used as they are)")
+    add("--features", nargs="+", type=data.folder, metavar="NAME=DIR",
+        help="feature folders instead of a pickle: text=DIR audio=DIR vision=DIR simulated_text=DIR, "
+        "each with a <clip>.npy or a folder <clip> of .npy for each clip")
+    add("--labels", type=Path, metavar="FILE", help="the label file of --features, Double-Flow's label_official.npz")
+    add("--max-frames", type=int, default=data.MAX_FRAMES, metavar="N",
+        help=f"of --features leave out training clips of more than N frames (default {data.MAX_FRAMES})")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--out", type=Path, default=Path("runs"), help="folder for the run folders (default: runs)")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where a run stopped")
@@ -52,7 +58,13 @@ def parse(argv=None) -> argparse.Namespace:
     add("--limit", type=int, metavar="N", help="only the first N clips of each split, for a quick look")
     add("--jobs", type=int, default=1, metavar="N", help="runs side by side, sharing the threads (default 1)")
     args = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "lr", "limit", "jobs"):
+    if args.features and (args.normalize or args.synthetic):
+        parser.error("--features are used as they are: leave --normalize and --synthetic out")
+    if bool(args.features) != bool(args.labels):
+        parser.error("--features and --labels belong together")
+    args.features = args.features and dict(args.features)
+    args.normalize = not args.features if args.normalize is None else args.normalize
+    for name in ("epochs", "batch_size", "lr", "limit", "jobs", "max_frames"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
@@ -151,7 +163,8 @@ class Run:
                                 "Try a lower --lr, and look at the features with python data.py check.")
             optimizer.zero_grad(set_to_none=True)
             terms["total"].backward()
-            torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
+            if self.config.clip:
+                torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
             optimizer.step()
             for k, t in terms.items():
                 sums[k] = sums.get(k, 0) + t.detach() * len(rows) / len(self.index)
@@ -174,7 +187,7 @@ class Run:
 
     def train(self) -> None:
         """All stages; a stage ends with the parameters of its best epoch on validation."""
-        resumed = self.restore()
+        resumed, module = self.restore(), METHODS[self.args.method][0]
         while self.stage < len(self.stages):
             stage, last = self.stages[self.stage], self.stage == len(self.stages) - 1
             self.begin(stage)
@@ -184,19 +197,24 @@ class Run:
                 torch.manual_seed(stage_seed)
                 self.generator.manual_seed(stage_seed)
             fixed = self.teacher_outputs()
-            optimizer = torch.optim.Adam((p for p in self.model.parameters() if p.requires_grad), lr=self.config.lr)
+            optimizer = torch.optim.Adam((p for p in self.model.parameters() if p.requires_grad), lr=self.config.lr,
+                                         weight_decay=getattr(self.config, "weight_decay", 0.0))
             if resumed:
                 optimizer.load_state_dict(resumed["optimizer"])
                 self.random_state(resumed["random"])
             resumed = None
             while self.epoch < self.config.epochs:
                 began = time.perf_counter()
+                if hasattr(module, "learning_rate_factor"):
+                    optimizer.param_groups[0]["lr"] = self.config.lr * module.learning_rate_factor(self.epoch)
                 self.epoch += 1
                 losses = self.train_epoch(optimizer, fixed, f"{stage} epoch {self.epoch}/{self.config.epochs}")
-                # The final stage is chosen over all available sets; a teacher on the complete clips that it will see.
+                # The final stage is chosen over all available sets, or those that its file names; a teacher on the
+                # complete clips that it will see.
                 sets = list(data.SETS) if last else ["lav"]
                 valid = evaluation.evaluate(self.model, self.task, self.data["valid"], sets, "valid")
-                better = self.note(stage, losses, valid, last)
+                chosen_on = getattr(module, "SELECTION", data.SETS) if last else sets
+                better = self.note(stage, losses, valid, evaluation.score({c: valid[c] for c in chosen_on}), last)
                 self.store(optimizer)
                 terms = " ".join(f"{k} {v:.3f}" for k, v in losses.items() if k != "scd_active")
                 print(f"{stage} {self.epoch}/{self.config.epochs}  {terms}  {self.valid_score()}"
@@ -208,9 +226,8 @@ class Run:
         score = self.history[-1]["score"]
         return f"valid MAE {-score:.4f}" if self.task == "regression" else f"valid F1 {score:.2f}"
 
-    def note(self, stage: str, losses: dict, valid: dict, last: bool) -> bool:
+    def note(self, stage: str, losses: dict, valid: dict, score: float, last: bool) -> bool:
         """Record the epoch, and keep its parameters if it is the best so far; returns whether it is."""
-        score = evaluation.score(valid)
         better = self.best is None or score > self.best["score"]
         if better:
             model = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
@@ -320,7 +337,8 @@ def closing(plan: list, args) -> None:
         best = max((h for h in lines if h["stage"] == lines[-1]["stage"]), key=lambda h: h["score"])
         groups.setdefault(ablation, []).append(evaluation.averages(best["valid"]))
     for ablation, results in groups.items():
-        name = " ".join(filter(None, (args.method, ablation, "on", args.dataset, "SYNTHETIC" * args.synthetic)))
+        name = " ".join(filter(None, (args.method, ablation, "on", args.dataset, "SYNTHETIC" * args.synthetic,
+                                      evaluation.simulation(args.method, args.features or ()))))
         print(f"\nvalidation, {name} ({evaluation.UNITS[METHODS[args.method][0].TASKS[args.dataset]]})")
         table = {k: {"ours": {c: evaluation.summary([r[c][k] for r in results]) for c in evaluation.COLUMNS}}
                  for k in results[0]["avg"]}
@@ -369,7 +387,8 @@ def main(argv=None) -> int:
     try:
         device = evaluation.device_named(args.device)
         loaded = data.load(args.dataset, args.data_dir, ("train", "valid"), device, args.normalize,
-                           synthetic=args.synthetic, limit=args.limit)
+                           synthetic=args.synthetic, limit=args.limit, features=args.features, labels=args.labels,
+                           max_frames=args.max_frames)
         introduce(args, loaded, device, Run(args, *plan[0], loaded, device))
         code = 0
         if args.jobs > 1 and len(plan) > 1 and not args.dry_run:

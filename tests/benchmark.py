@@ -124,8 +124,8 @@ def seven_sets(device):
     run, loaded = made_up(device)
 
     class Whole(torch.nn.Module):
-        def forward(self, **streams):
-            return run.model(**streams)
+        def forward(self, text, audio, vision, real):
+            return run.model(text, audio, vision, real)
     form = lambda model: lambda: [output for _, output, _ in evaluation.predict(model, loaded["test"], list(data.SETS), "test")]
     run.model.eval()
     return ratio(form(Whole()), form(run.model), device, 7)

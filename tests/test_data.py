@@ -480,3 +480,168 @@ def test_real_files(name, sizes):
     seen = loaded["train"]["text"][(loaded["train"]["text"] != 0).any(-1)]
     varies = seen.std(0) > 0        # a feature that never changes stays 0
     assert varies.sum() >= 380 and seen.mean(0).abs().max() < .1 and (seen.std(0)[varies] - 1).abs().max() < .2
+
+
+# ------------------------------------------------------------------------------------- folders of feature files
+
+FOLDERS = {"audio": 5, "text": 6, "vision": 4, "simulated_text": 6}
+
+
+def feature_folders(root, sizes=(12, 6, 6), longest=9, seed=0):
+    """Double-Flow's published layout: audio (T, d) a file, text (d,) a file, vision a folder of frames a clip, and the labels.
+    Returns the arguments and what was written: stream -> clip -> (T, d)."""
+    rng, truth = np.random.default_rng(seed), {m: {} for m in FOLDERS}
+    corpus, k = {}, 0
+    for name, size in zip(("train_corpus", "val_corpus", "test_corpus"), sizes):
+        facts = {}
+        for _ in range(size):
+            clip, k = f"video{k}_{k % 3}", k + 1
+            facts[clip] = {"emo": k % 2, "val": np.float64(rng.uniform(-3, 3)) if k % 2 else float(rng.uniform(-3, 3))}
+            for m, d in FOLDERS.items():
+                frames = 1 if m == "text" else int(rng.integers(1, longest + 1))
+                x = rng.standard_normal((frames, d)).astype(np.float32)
+                x[:, 0] = np.sign(facts[clip]["val"])
+                truth[m][clip] = x
+                folder = root / f"{m}_dir"
+                folder.mkdir(parents=True, exist_ok=True)
+                if m == "vision":
+                    (folder / clip).mkdir()
+                    for t, frame in enumerate(x):
+                        np.save(folder / clip / f"{t:04d}.npy", frame if t % 2 else frame[None])
+                else:
+                    np.save(folder / f"{clip}.npy", x[0] if m == "text" else x)
+        corpus[name] = facts
+    np.savez(root / "label_official.npz", **{k: np.array(v, dtype=object) for k, v in corpus.items()})
+    return {"features": {m: str(root / f"{m}_dir") for m in FOLDERS}, "labels": root / "label_official.npz"}, truth, corpus
+
+
+def test_feature_folders_are_read_clip_by_clip(tmp_path):
+    where, truth, corpus = feature_folders(tmp_path)
+    loaded = data.load("mosei", splits=SPLITS, normalize=False, **where)
+    assert loaded["dims"] == FOLDERS and loaded["stats"] is None and not loaded["aligned"]
+    for s, name in zip(SPLITS, corpus):
+        split = loaded[s]
+        assert split["id"] == list(corpus[name]) and split["label"].tolist() == pytest.approx([f["val"] for f in corpus[name].values()])
+        index = torch.tensor([4, 0, 5])
+        streams, real = data.batch(split, index)
+        for m in FOLDERS:
+            assert streams[m].shape[1] == real[m].sum(1).max()
+            for row, i in enumerate(index.tolist()):
+                x = truth[m][split["id"][i]]
+                assert torch.equal(streams[m][row, :len(x)], torch.from_numpy(x)) and streams[m][row, len(x):].eq(0).all()
+                assert real[m][row].tolist() == [t < len(x) for t in range(real[m].shape[1])]
+
+
+def test_over_long_training_clips_are_left_out_and_no_others(tmp_path):
+    where, truth, corpus = feature_folders(tmp_path, longest=20)
+    loaded = data.load("mosei", splits=SPLITS, normalize=False, max_frames=15, **where)
+    short = lambda name: [c for c in corpus[name] if max(len(truth[m][c]) for m in FOLDERS) <= 15]
+    assert 0 < len(short("train_corpus")) < 12 and loaded["train"]["id"] == short("train_corpus")
+    assert [len(loaded[s]["id"]) for s in ("valid", "test")] == [6, 6] and len(short("val_corpus")) < 6
+    assert any(f"{12 - len(short('train_corpus'))} training clips of more than 15 frames" in n for n in loaded["source"]["notes"])
+    data.batch(loaded["train"], torch.arange(len(loaded["train"]["id"])))
+    with pytest.raises(DataError, match="--max-frames 0"):
+        data.load("mosei", splits=SPLITS, normalize=False, max_frames=0, **where)
+
+
+def test_the_features_themselves_are_read_only_when_a_batch_asks(tmp_path, monkeypatch):
+    where, *_ = feature_folders(tmp_path)
+    loaded = data.load("mosei", splits=SPLITS, normalize=False, **where)
+    opened, whole = [], data._open_npy
+    monkeypatch.setattr(data, "_open_npy", lambda path: (opened.append(path), whole(path))[1])
+    data.batch(loaded["train"], torch.tensor([2]))
+    clip = loaded["train"]["id"][2]
+    assert opened and all(path.stem == clip or path.parent.name == clip for path in opened)
+
+
+def damaged(where, name):
+    """Each mistake, and what is said of it."""
+    audio, text = Path(where["features"]["audio"]), Path(where["features"]["text"])
+    first = sorted(audio.iterdir())[0]
+    corpus = {n: np.array({"a_0": {"val": 1.0}}, dtype=object) for n in ("train_corpus", "val_corpus", "test_corpus")}
+    if name == "missing clip":
+        first.unlink()
+        return f"lacks 1 of .* clips, first {first.stem}"
+    if name == "other width":
+        np.save(first, np.zeros((3, 7), np.float32))
+        return "7 features a frame|has 7 features"
+    if name == "simulated width":
+        for path in text.iterdir():
+            np.save(path, np.zeros(8, np.float32))
+        return "simulated_text has 6 features, text 8"
+    if name == "objects":
+        np.save(first, np.array({"a": 1}, dtype=object), allow_pickle=True)
+        return "cannot be read as an array of numbers"
+    if name == "not a file of arrays":
+        first.write_bytes(b"nothing")
+        return "cannot be read as an array of numbers"
+    if name == "no folder":
+        where["features"]["audio"] = "nowhere"
+        return "no such folder"
+    if name == "no vision":
+        del where["features"]["vision"]
+        return "lacks vision"
+    if name == "no labels":
+        where["labels"] = None
+        return "needs --labels"
+    if name == "labels gone":
+        where["labels"] = Path("nowhere.npz")
+        return "does not exist"
+    if name == "labels damaged":
+        where["labels"].write_bytes(where["labels"].read_bytes()[:90])
+        return "is refused"
+    if name == "labels out of range":
+        corpus["val_corpus"] = np.array({"a_0": {"val": 4.0}}, dtype=object)
+        np.savez(where["labels"], **corpus)
+        return r"leaves the range \[-3, 3\]"
+    if name == "labels lead elsewhere":
+        corpus["val_corpus"] = np.array({"../../a": {"val": 1.0}}, dtype=object)
+        np.savez(where["labels"], **corpus)
+        return "cannot be the name"
+    if name == "labels run code":
+        corpus["test_corpus"] = np.array({"a_0": {"val": Runs()}}, dtype=object)
+        np.savez(where["labels"], **corpus)
+        return "asks for .*system"
+    raise AssertionError(name)
+
+
+class Runs:
+    def __reduce__(self):
+        return os.system, ("touch ran_code",)
+
+
+@pytest.mark.parametrize("name", ["missing clip", "other width", "simulated width", "objects", "not a file of arrays", "no folder", "no vision",
+                                  "no labels", "labels gone", "labels damaged", "labels out of range", "labels lead elsewhere", "labels run code"])
+def test_what_is_wrong_with_feature_folders_is_told_before_training(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where, *_ = feature_folders(tmp_path)
+    said = damaged(where, name)
+    with pytest.raises(DataError, match=said):
+        data.load("mosei", splits=SPLITS, normalize=False, **where)
+    assert not (tmp_path / "ran_code").exists()
+
+
+def test_a_feature_that_is_not_a_number_is_named(tmp_path):
+    where, truth, corpus = feature_folders(tmp_path)
+    clip = list(corpus["train_corpus"])[1]
+    np.save(Path(where["features"]["audio"]) / f"{clip}.npy", np.full((2, 5), np.nan, np.float32))
+    loaded = data.load("mosei", splits=SPLITS, normalize=False, **where)
+    with pytest.raises(DataError, match=f"{clip}.npy: 'audio' holds values that are NaN"):
+        data.batch(loaded["train"], torch.arange(3))
+
+
+def test_a_pickle_may_carry_simulated_text(tmp_path):
+    """Standardised like the text that it imitates, kept apart from the aligned streams' masks, ignored by other methods."""
+    made = content()
+    for s in SPLITS:
+        made[s]["simulated_text"] = np.roll(made[s]["text"], 1, axis=-1).repeat(2, axis=1)
+    loaded = data.load("mosi", written(tmp_path, made), SPLITS)
+    assert loaded["dims"]["simulated_text"] == 6 and loaded["aligned"] and loaded["train"]["simulated_text"].shape[1] == 16
+    mean, std = loaded["stats"]["text"]
+    raw = torch.from_numpy(made["train"]["simulated_text"][2, -1])
+    torch.testing.assert_close(loaded["train"]["simulated_text"][2, 2 * 5 - 1], ((raw - mean) / std).clamp(-5, 5))
+    assert loaded["train"]["real"]["simulated_text"][2].sum() == 10 and loaded["train"]["real"]["text"][2].sum() == 5
+    for s in SPLITS:
+        made[s]["simulated_text"] = made[s]["simulated_text"][..., :4]
+    with pytest.raises(DataError, match="simulated_text has 4 features, text 6"):
+        data.load("mosi", written(tmp_path / "b", made), SPLITS)

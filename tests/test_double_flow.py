@@ -446,7 +446,7 @@ def test_a_model_can_learn_one_batch_in_both_flows(task):
 
 def test_mistakes_are_told():
     for dims, task, changes, said in ((DIMS, "polarity", {}, "polarity"), (DIMS, "regression", {"mia": "x"}, "x_t, z or off"),
-                                      ({**DIMS, "simulated_text": 9}, "regression", {}, "share")):
+                                      ({**DIMS, "simulated_text": 9}, "regression", {}, "not the same")):
         with pytest.raises(ValueError, match=said):
             model_of(task, dims, **changes)
     with pytest.raises(ValueError, match="built for data with simulated_text"):

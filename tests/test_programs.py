@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -15,11 +16,12 @@ import torch
 
 import corrkd
 import data
+import double_flow
 import eval as evaluation
 import train
 import umdf
 from data import SPLITS, STREAMS, DataError
-from test_data import content, written
+from test_data import content, feature_folders, written
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -292,7 +294,7 @@ def test_ablations_share_their_start(tmp_path, capsys):
     assert len(set(first.values())) == 1
 
 
-@pytest.mark.parametrize("method, ablation", [(m, a) for m, module in (("corrkd", corrkd), ("umdf", umdf)) for a in module.ABLATIONS])
+@pytest.mark.parametrize("method, ablation", [(m, a) for m, module in (("corrkd", corrkd), ("umdf", umdf), ("double_flow", double_flow)) for a in module.ABLATIONS])
 def test_every_ablation_trains_and_is_evaluated(tmp_path, method, ablation, capsys):
     written(tmp_path / "data", learnable(n=20))
     assert run(tmp_path, "--ablate", ablation, epochs="1", method=method) == 0
@@ -328,7 +330,86 @@ def test_an_aligned_run_refuses_an_unaligned_file(tmp_path, capsys):
     assert "unaligned streams" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["corrkd", "umdf"])
+def test_double_flow_from_training_to_the_papers_table(tmp_path, capsys):
+    """Warm-up and decay of the learning rate, selection on both flows, the two columns, and what stands in for text."""
+    written(tmp_path / "data", learnable(), "mosei_senti_data.pkl")
+    seen, step = [], torch.optim.Adam.step
+    torch.optim.Adam.step = lambda self, *a: (seen.append((self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"])), step(self, *a))[1]
+    try:
+        assert run(tmp_path, epochs="6", method="double_flow", dataset="mosei") == 0
+    finally:
+        torch.optim.Adam.step = step
+    assert [round(lr / .004, 6) for lr, _ in seen[::3]] == [.2, .4, .6, .8, 1, 1] and {decay for _, decay in seen} == {1e-5}
+    for line in history(tmp_path, "double_flow-mosei-s1"):
+        assert line["score"] == pytest.approx(-(line["valid"]["lav"]["MAE"] + line["valid"]["av"]["MAE"]) / 2)
+    said = capsys.readouterr().out
+    assert "double_flow on mosei simulated text: learned from audio" in said
+    assert evaluation.main([str(tmp_path / "runs" / "double_flow-mosei-s1"), "--rates", "0", "0.5"]) == 0
+    out = capsys.readouterr().out
+    first, second, third = (part.splitlines() for part in re.split("The paper's table|Available streams, an extension|Share of frames dropped", out)[1:])
+    assert "simulated text: learned from audio" in out and first[1].split() == ["complete", "text", "missing"]
+    assert [line.split()[-2:] for line in first if line.startswith("MAE paper")] == [["0.5060", "0.5503"]]
+    for metric in ("F1", "MAE", "Acc-2", "Acc-7", "Corr"):
+        assert any(line.startswith(f"{metric} ours (n=1)") for line in first), metric
+    results = json.loads((tmp_path / "runs" / "double_flow-mosei-s1" / "results.json").read_text())["conditions"]
+    ours = next(line.split()[-2:] for line in first if line.startswith("MAE ours"))
+    assert ours == [f"{results[c]['MAE']:.4f}" for c in ("lav", "av")]
+    assert "not in the paper" in second[0] and "not in the paper" in third[0] and second[1].split()[0] == "{l}"
+
+
+def official_names(model):
+    """The weights under the names of the official code."""
+    def name(key):
+        prefix = max((p for p in double_flow.OFFICIAL if key.startswith(p)), key=len)
+        return double_flow.OFFICIAL[prefix] + key.removeprefix(prefix)
+    return {name(k): v for k, v in model.state_dict().items()}
+
+
+def test_feature_folders_from_training_to_table(tmp_path, capsys):
+    """Training over the authors' layout, evaluation of the run, and of a published checkpoint with the same weights."""
+    where, *_ = feature_folders(tmp_path / "made", sizes=(24, 8, 8))
+    features = ["--features", *(f"{m}={d}" for m, d in where["features"].items()), "--labels", str(where["labels"])]
+    base = ["--dataset", "mosei", "--out", str(tmp_path / "runs"), "--batch-size", "8", "--device", "cpu", "--seeds", "1", "--epochs", "2", *features]
+    assert train.main(["--method", "double_flow", "--ablate", "no_mia", *base]) == 0
+    folder = tmp_path / "runs" / "double_flow-mosei-no_mia-s1"
+    assert "simulated text: from the data" in capsys.readouterr().out
+    assert evaluation.main([str(folder), "--rates", "0", "1"]) == 0
+    out, results = capsys.readouterr().out, json.loads((folder / "results.json").read_text())
+    assert "simulated text: from the data" in out and "WARNING" not in out and "5 features" not in out and "6 / 5 / 4 features" in out
+    assert results["conditions"]["lav"]["n"] == 8
+    best = torch.load(folder / "best.pt", weights_only=True)
+    model = double_flow.DoubleFlow(best["dims"], "regression", double_flow.Config(mia="off"))
+    model.load_state_dict(best["model"])
+    torch.save({"state_dict": {f"model.{k}": v for k, v in official_names(model).items()}}, tmp_path / "published.pth")
+    assert evaluation.main(["--official", str(tmp_path / "published.pth"), *features, "--rates", "0", "1", "--json", str(tmp_path / "t.json")]) == 0
+    out = capsys.readouterr().out
+    assert "of the published checkpoint published.pth" in out and "MAE paper" in out
+    measured = json.loads((tmp_path / "t.json").read_text())[0]["runs"][0]
+    assert measured["conditions"] == results["conditions"] and measured["constant"]["MAE"] == results["constant"]["MAE"]
+    assert train.main(["--method", "corrkd", *base]) == 0 and train.main(["--method", "umdf", *base]) == 0      # the other methods too
+    assert evaluation.main([*(str(tmp_path / "runs" / f"{m}-mosei-s1") for m in ("corrkd", "umdf")), "--rates", "0"]) == 0
+    capsys.readouterr()
+    torch.save({"state_dict": {"x": torch.zeros(1)}}, tmp_path / "other.pth")
+    (tmp_path / "bad.pth").write_bytes(b"nothing")
+    for name, said in (("other.pth", "is missing"), ("bad.pth", "damaged or no checkpoint"), ("nowhere.pth", "does not exist")):
+        assert evaluation.main(["--official", str(tmp_path / name), *features]) == 2
+        error = capsys.readouterr().err
+        assert said in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--features", "text=a"], "--features and --labels belong together"), (["--labels", "x.npz"], "--features and --labels belong together"),
+    (["--features", "texts=a", "--labels", "x"], "is not NAME=DIR"), (["--features", "text=a", "--labels", "x", "--normalize"], "leave --normalize"),
+    (["--features", "text=a", "--labels", "x", "--synthetic"], "--synthetic out"), (["--features", "text=a", "--labels", "x"], "lacks audio, vision")])
+def test_mistakes_with_features_are_told(tmp_path, arguments, said, capsys):
+    try:
+        code = train.main(["--method", "double_flow", "--dataset", "mosei", "--out", str(tmp_path), *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["corrkd", "umdf", "double_flow"])
 def test_iemocap_with_four_heads(tmp_path, capsys, method):
     written(tmp_path / "data", learnable(emotions=True), "iemocap_data.pkl")
     assert run(tmp_path, dataset="iemocap", epochs="1", method=method) == 0
