@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import corrkd
 import data
+import double_flow
 import eval as evaluation
 import train
 import umdf
@@ -178,6 +179,61 @@ def umdf_step(device, dropout):
     return ratio(step(TwoPasses, lambda c: PlainBlock(c, dropout)), step(umdf.UMDF, umdf.Block), device, 7)
 
 
+def contrast_by_loop(features, labels, temperature=2.0):
+    """Rank-n-contrast in the form of the official code: one step of Python for each column of pairs."""
+    n, labels = len(features), labels.reshape(len(features), -1)
+    gap = (labels[:, None] - labels[None]).abs().sum(-1)
+    s = -(features[:, None] - features[None]).norm(dim=-1) / temperature
+    s = s - s.detach().max(1, keepdim=True).values
+    other = ~torch.eye(n, dtype=torch.bool, device=s.device)
+    gap, s = gap[other].view(n, n - 1), s[other].view(n, n - 1)
+    power, total = s.exp(), 0.0
+    for k in range(n - 1):
+        below = ((gap >= gap[:, k:k + 1] - 1e-4) * power).sum(1)
+        total = total - (s[:, k] - below.log()).sum() / (n * (n - 1))
+    return total
+
+
+def contrast(device):
+    """Rank-n-contrast forward and backward at 2 x 96 vectors of 64: against the loop."""
+    x, y = torch.randn(192, 64, device=device, requires_grad=True), torch.randn(96, device=device).repeat(2)
+    form = lambda f: lambda: f(x, y).backward()
+    return ratio(form(contrast_by_loop), form(double_flow.rank_n_contrast), device, 15)
+
+
+class TwoFlows(double_flow.DoubleFlow):
+    """The two flows one after the other, with PyTorch's dropout."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        for part in (*self.pooling.values(), *self.cross.values()):
+            part.dropout = torch.nn.Dropout(0.5)
+
+    def flow(self, text, audio, vision, text_missing, real=None):
+        halves = [[v.chunk(2)[i] for v in (text, audio, vision)] + [bool(i), {m: r.chunk(2)[i] for m, r in real.items()}] for i in (0, 1)]
+        a, b = (super(TwoFlows, self).flow(*half) for half in halves)
+        return {k: torch.cat((a[k], b[k])) for k in a}
+
+
+def double_flow_step(device):
+    """One training step, batch 96, T = 50: against two separate passes and the loop loss."""
+    x = {m: torch.randn(96, 50, d, device=device) for m, d in DIMS.items()}
+    real, y = {m: torch.ones(96, 50, dtype=torch.bool, device=device) for m in DIMS}, torch.randn(96, device=device)
+
+    def step(Model, loss):
+        model = Model(DIMS, "regression").to(device)
+        optimizer, ours = torch.optim.Adam(model.parameters(), lr=1e-4, weight_decay=1e-5), double_flow.rank_n_contrast
+
+        def work():
+            double_flow.rank_n_contrast = loss
+            optimizer.zero_grad()
+            model.losses(x, None, y, real)["total"].backward()
+            optimizer.step()
+            double_flow.rank_n_contrast = ours
+        return work
+    return ratio(step(TwoFlows, contrast_by_loop), step(double_flow.DoubleFlow, double_flow.rank_n_contrast), device, 9)
+
+
 def load_memory(dtype):
     """Peak memory of loading all splits of a MOSEI-shaped pickle, in units of its float32 size."""
     with tempfile.TemporaryDirectory() as folder:
@@ -199,6 +255,7 @@ def load_memory(dtype):
 MEASUREMENTS = {    # name -> (function of the device, goal or None); memory has an upper goal, written with a minus
     "corrkd_step": (student_step, 1.8), "corrkd_epoch": (epoch_by_length, 1.8), "corrkd_seven_sets": (seven_sets, 5.0),
     "umdf_step": (lambda device: umdf_step(device, umdf.Config.dropout), 1.5), "umdf_step_no_attention_dropout": (lambda device: umdf_step(device, 0.0), None),
+    "rank_n_contrast": (contrast, 5.0), "double_flow_step": (double_flow_step, 1.3),
     "load_memory_float32": (lambda device: load_memory(np.float32), -1.3), "load_memory_float64": (lambda device: load_memory(np.float64), -1.3),
 }
 

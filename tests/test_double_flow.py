@@ -426,12 +426,12 @@ def test_parameter_counts_are_pinned():
 
 @pytest.mark.parametrize("task", ["regression", "emotions"])
 def test_a_model_can_learn_one_batch_in_both_flows(task):
-    """Without dropout, half of every frame's features in the paper, so that fifty steps are enough."""
+    """Without dropout, which takes half of every frame's features, so that fifty steps are enough."""
     torch.manual_seed(0)
     model = DoubleFlow(DIMS, task)
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+        if isinstance(module, (torch.nn.Dropout, double_flow.Half)):
+            module.forward = lambda x: x
     x, real = clips(6)
     target = goal(task, 6)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
@@ -442,6 +442,25 @@ def test_a_model_can_learn_one_batch_in_both_flows(task):
     for streams in (x, {**x, "text": x["text"] * 0}):
         answer = model.eval()(**streams, real=real)
         assert F.mse_loss(answer[:, 0], target) < .1 if task == "regression" else torch.equal(answer.argmax(-1), target)
+
+
+def test_coin_flips_are_a_dropout_of_one_half():
+    """Zero or twice, half and half at every place, neighbours and the two halves of the draws independent; off in evaluation."""
+    half, x = double_flow.Half(), torch.ones(4001, 13)
+    torch.manual_seed(0)
+    got = half(x)
+    assert set(got.unique().tolist()) == {0.0, 2.0} and got.shape == x.shape
+    assert (got.mean(0) - 1).abs().max() < .08 and abs(got.mean().item() - 1) < .02       # 5 and 4.5 standard deviations
+    centred = got.flatten() - 1
+    for lag in (*range(1, 17), 64):
+        assert abs((centred[lag:] * centred[:-lag]).mean().item()) < .02, lag
+    assert not torch.equal(got, half(x)) and torch.equal(half.eval()(x), x)
+    assert half.train()(torch.ones(3)).shape == (3,) and half(torch.ones(0, 2)).shape == (0, 2)
+    frame = torch.randn(5, 7, requires_grad=True)
+    torch.manual_seed(1)
+    out = half(frame)
+    out.sum().backward()
+    assert torch.equal(frame.grad, (out / frame).round().detach())
 
 
 def test_mistakes_are_told():
