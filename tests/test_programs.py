@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -556,6 +557,16 @@ def test_the_readmes_commands_cut_to_seconds(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("SYNTHETIC") >= 2 and "F1 constant" in done.stdout and "area" in done.stdout and done.stderr == ""
     assert "pip install -r requirements.txt && python -m pytest -q" in readme and "python -m pytest -q" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_command_of_the_readme_is_understood():
+    commands = re.findall(r"(?:^|`|&& )python ((?:train|eval)\.py [^`\n]*)", (ROOT / "README.md").read_text(), re.M)
+    assert len(commands) > 15
+    for command in commands:
+        name, *words = shlex.split(command)
+        words = ["mosi" if w == "D" else w for w in words]
+        if "-h" not in words:
+            assert {"train.py": train, "eval.py": evaluation}[name].parse(words), command
 
 
 def test_seeds_side_by_side(trained, tmp_path):

@@ -213,6 +213,21 @@ def test_a_prediction_depends_neither_on_padding_nor_on_the_batch(aligned):
         torch.testing.assert_close(model(**own), expected[i:i + 1], rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_stream_without_a_frame_says_nothing(aligned):
+    """Whatever its own layers make of padding reaches neither the other streams nor the filter."""
+    model = model_of(aligned=aligned).eval()
+    x, real = clips(3, ALIGNED if aligned else UNALIGNED)
+    real = {**real, "vision": torch.zeros_like(real["vision"])}
+    expected = model(**x, real=real)
+    for part in (model.encoders, model.coarse, model.enhancement):
+        for p in part["vision"].parameters():
+            p.data += torch.randn_like(p)
+    torch.testing.assert_close(model(**x, real=real), expected, rtol=0, atol=1e-6)
+    x["vision"] += 1.0
+    assert (model(**x, real={**real, "vision": ~real["vision"]}) - expected).abs().max() > 1e-3
+
+
 def test_a_dropped_frame_is_seen():
     """Zeros inside a clip count as positions; were they treated as padding, the clip would look shorter."""
     model = model_of(aligned=False).eval()
