@@ -287,7 +287,7 @@ def evaluate_official(args, device) -> dict:
 
 def summary(values: list[float]) -> dict:
     """Mean, sample standard deviation (None for one run) and n."""
-    std = statistics.stdev(values) if len(values) > 1 else None
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None     # nan where a Corr is not defined
     return {"mean": statistics.fmean(values), "std": std, "n": len(values)}
 
 

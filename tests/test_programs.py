@@ -119,6 +119,11 @@ def test_metrics_of_hard_regressions_are_quiet():
         assert np.isnan(evaluation.metrics("regression", np.array([.3]), np.array([1.0]))["Corr"])
 
 
+def test_a_correlation_that_is_not_defined_stays_so_in_the_table():
+    got = evaluation.summary([.5, float("nan"), .7])
+    assert np.isnan(got["mean"]) and np.isnan(got["std"]) and got["n"] == 3 and evaluation.cell(got, 4) == "nan±nan"
+
+
 def test_the_constant_predictor_of_each_task():
     assert evaluation.constant(torch.tensor([-1.0, .2, .4, 3.0, 3.0]), "regression") == pytest.approx(.4)
     assert evaluation.constant(torch.tensor([0, 1, 1]), "polarity") == 1
