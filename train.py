@@ -329,7 +329,7 @@ def introduce(args, loaded: dict, device: torch.device, run: Run) -> None:
     print(f"model: {args.method}, {count:,} parameters; {run.config}", flush=True)
 
 
-def closing(plan: list, args) -> None:
+def closing(plan: list, args, dims: dict) -> None:
     """The seven-column validation table of the runs just made, from their logs, and the command for the test table."""
     groups, folders = {}, [run_folder(args, *p) for p in plan]
     for (ablation, _), folder in zip(plan, folders):
@@ -338,7 +338,7 @@ def closing(plan: list, args) -> None:
         groups.setdefault(ablation, []).append(evaluation.averages(best["valid"]))
     for ablation, results in groups.items():
         name = " ".join(filter(None, (args.method, ablation, "on", args.dataset, "SYNTHETIC" * args.synthetic,
-                                      evaluation.simulation(args.method, args.features or ()))))
+                                      evaluation.simulation(args.method, dims))))
         print(f"\nvalidation, {name} ({evaluation.UNITS[METHODS[args.method][0].TASKS[args.dataset]]})")
         table = {k: {"ours": {c: evaluation.summary([r[c][k] for r in results]) for c in evaluation.COLUMNS}}
                  for k in results[0]["avg"]}
@@ -405,7 +405,7 @@ def main(argv=None) -> int:
                 else:
                     run.train()
         if plan and not args.dry_run:
-            closing(plan, args)
+            closing(plan, args, loaded["dims"])
         return code
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -363,6 +363,17 @@ def test_double_flow_from_training_to_the_papers_table(tmp_path, capsys):
     assert "not in the paper" in second[0] and "not in the paper" in third[0] and second[1].split()[0] == "{l}"
 
 
+def test_simulated_text_in_a_pickle_is_named_by_both_programs(tmp_path, capsys):
+    made = learnable(n=20)
+    for f in made.values():
+        f["simulated_text"] = f["text"][..., ::-1].copy()
+    written(tmp_path / "data", made)
+    assert run(tmp_path, epochs="1", method="double_flow") == 0
+    assert evaluation.main([str(tmp_path / "runs" / "double_flow-mosi-s1"), "--protocol", "combos"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("simulated text: from the data") == 2 and "learned from audio" not in out
+
+
 def official_names(model):
     """The weights under the names of the official code."""
     def name(key):
