@@ -184,6 +184,29 @@ def test_equal_inputs_without_dropout_have_nothing_to_distil(task):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_dropout_by_random_bytes():
+    """Zero or 1 / (1 - p), in the right share at every place, neighbours and the bytes of one draw independent; off in evaluation."""
+    torch.manual_seed(0)
+    for p in (.1, .5):
+        drop, x, p = umdf.Dropout(p), torch.ones(4001, 13), round(256 * p) / 256
+        got = drop(x)
+        kept = (got != 0).float()
+        assert got.shape == x.shape and torch.allclose(got[got != 0], torch.tensor(1 / (1 - p)))
+        assert (kept.mean(0) - (1 - p)).abs().max() < .04 and abs(kept.mean().item() - (1 - p)) < .01      # 5 and 4.5 deviations
+        centred = (kept.flatten() - (1 - p)) / (p * (1 - p)) ** .5
+        for lag in (*range(1, 17), 64):
+            assert abs((centred[lag:] * centred[:-lag]).mean().item()) < .02, lag
+        assert not torch.equal(got, drop(x)) and torch.equal(drop.eval()(x), x)
+    assert umdf.Dropout(.1)(torch.ones(3)).shape == (3,) and umdf.Dropout(.1)(torch.ones(0, 2, dtype=torch.float64)).dtype == torch.float64
+    frame = torch.randn(5, 7, requires_grad=True)
+    out = umdf.Dropout(.5)(frame)
+    out.sum().backward()
+    assert torch.equal(frame.grad, (out / frame).round().detach()) and torch.equal(umdf.Dropout(0.0)(frame), frame)
+    for p in (1.0, -.1):
+        with pytest.raises(ValueError, match="dropout must be"):
+            umdf.Dropout(p)
+
+
 def test_each_pass_has_its_own_dropout():
     complete, real = clips(4, ALIGNED)
     assert model_of().losses(complete, complete, goal("regression", 4), real)["rep"].item() > 1e-4
