@@ -2,8 +2,10 @@
 
     python eval.py runs/corrkd-mosi-*                       seven available sets, then frame dropping p = 0.0 ... 1.0
     python eval.py runs/corrkd-mosi-* --protocol combos --format markdown --json table.json
+    python eval.py runs/*-mosi-* --reference corrkd         several methods and ablations: one table a data set
 
-Runs of the same method, data and ablation are averaged over their seeds. Each run folder gets a results.json.
+Runs of the same method, data and ablation are averaged over their seeds. Each run folder gets a results.json, and all
+tables and figures are made from these files alone; --stored takes them as they are.
 """
 import argparse
 import csv
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import ttest_rel
 from sklearn.metrics import accuracy_score, auc, f1_score, mean_absolute_error
 
 import corrkd
@@ -35,6 +38,8 @@ SHOWN = ("happy", "sad", "angry", "neutral")    # the papers' order of emotions
 MAIN = ("F1", "MAE", *(f"F1 {e}" for e in SHOWN))   # in every table; the others of a regression in that of the sets
 
 
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")     # Okabe and Ito
+MARKERS = "os^Dv<>P"
 UNITS = {"polarity": "weighted F1, %", "emotions": "weighted F1, %",
          "regression": "weighted F1 and accuracies in %; F1 and Acc-2 without the clips of sentiment 0, has0 with them"}
 
@@ -220,11 +225,15 @@ def device_named(name: str) -> torch.device:
     return device
 
 
+def conditions(args) -> list:
+    """The sets of streams and rates of dropped frames that are asked for."""
+    return list(data.SETS) * (args.protocol != "rates") + args.rates * (args.protocol != "combos")
+
+
 def measure(model, run: dict, loaded: dict, args) -> dict:
     """The results of one model: what the run was, on which data, and the metrics of every condition."""
     split, task = loaded[args.split], run["task"]
-    conditions = list(data.SETS) * (args.protocol != "rates") + args.rates * (args.protocol != "combos")
-    measured = evaluate(model, task, split, conditions, args.split, args.mask_seed, args.batch_size)
+    measured = evaluate(model, task, split, conditions(args), args.split, args.mask_seed, args.batch_size)
     truth = targets(split["label"], task)[1].cpu().numpy()
     kept = ("method", "dataset", "task", "ablation", "synthetic", "seed", "epoch", "limit", "normalize", "config",
             "dims", "checkpoint_sha256")
@@ -234,8 +243,8 @@ def measure(model, run: dict, loaded: dict, args) -> dict:
             "conditions": measured}
 
 
-def evaluate_run(folder: Path, args, device, cache: dict) -> dict:
-    """Measure one run on the asked split and write its results.json."""
+def open_run(folder: Path, args, device, cache: dict) -> tuple[dict, torch.nn.Module, dict]:
+    """A run's checkpoint, its model, and the asked split as the run wants it."""
     path = folder / "best.pt"
     run = read_checkpoint(path, device)
     model, source = build(run, path, device), run["data"]
@@ -254,9 +263,35 @@ def evaluate_run(folder: Path, args, device, cache: dict) -> dict:
         raise DataError(f"{loaded['source']['file']} has widths {loaded['dims']}, {path} was trained on {run['dims']}.")
     if run["config"].get("aligned") and not loaded["aligned"]:
         raise DataError(f"{loaded['source']['file']} holds unaligned streams, {path} was trained on aligned ones.")
-    run["checkpoint_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    result = measure(model, run, loaded, args)
+    return run, model, loaded
+
+
+def evaluate_run(folder: Path, args, device, cache: dict) -> dict:
+    """Measure one run on the asked split, write its results.json, and return what that says."""
+    run, model, loaded = open_run(folder, args, device, cache)
+    run["checkpoint_sha256"] = data.sha256(folder / "best.pt")
+    result, log = measure(model, run, loaded, args), folder / "log.jsonl"
+    if log.exists():        # best.pt is of the last stage
+        stages = [json.loads(line)["stage"] for line in log.read_text().splitlines()]
+        result["epochs_run"] = stages.count(stages[-1])
     write(folder / "results.json", json.dumps(result, indent=1))
+    return stored(folder, args)
+
+
+def stored(folder: Path, args) -> dict:
+    """A run's results.json, if it answers what is asked."""
+    path = folder / "results.json"
+    try:
+        result = json.loads(path.read_text())
+        asked = {"split": args.split, "mask_seed": args.mask_seed}
+        wrong = [f"{k} {result[k]}, not {v}" for k, v in asked.items() if result[k] != v]
+        wrong += [f"no condition {c}" for c in conditions(args) if str(c) not in result["conditions"]][:1]
+        if (folder / "best.pt").exists() and data.sha256(folder / "best.pt") != result["checkpoint_sha256"]:
+            wrong.append("another checkpoint than the best.pt beside it")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{path} does not exist or is damaged. Leave --stored out to evaluate the run.") from None
+    if wrong:
+        raise DataError(f"{path} has {', '.join(wrong)}. Leave --stored out to evaluate the run again.")
     return result
 
 
@@ -325,26 +360,81 @@ def table_of_rates(runs: list[dict], rates: list[float]) -> dict:
     return tables
 
 
+def paired(runs: list[dict], reference: list[dict], metric: str) -> float | None:
+    """p of the paired t-test, over the seeds that both have, that the Avg. is the same; None where nothing can be told:
+    fewer than two such seeds, or differences that are all the same."""
+    a, b = ({r["seed"]: averages(r["conditions"])["avg"][metric] for r in rs} for rs in (runs, reference))
+    pairs = [(a[s], b[s]) for s in a if s in b]
+    if len(pairs) < 2 or np.ptp([x - y for x, y in pairs]) == 0:
+        return None
+    return float(ttest_rel(*zip(*pairs)).pvalue)
+
+
+def names(groups: list) -> list[str]:
+    """What each group of runs is called: method and ablation, and what else tells two of that name apart."""
+    def settings(r):
+        return {**r["config"], "normalize": r["normalize"]}
+    called = [" ".join(filter(None, (runs[0]["method"], runs[0]["ablation"]))) for runs, *_ in groups]
+    result = []
+    for name, (runs, *_) in zip(called, groups):
+        same = [settings(rs[0]) for other, (rs, *_) in zip(called, groups) if other == name]
+        differ = [f"{k} {v}" for k, v in settings(runs[0]).items() if any(s.get(k) != v for s in same)]
+        result.append(name + f" [{', '.join(differ)}]" * bool(differ))
+    return result
+
+
+def compare(groups: list, reference: str | None = None) -> tuple[dict, dict]:
+    """The tables of groups (runs, sets, rates) on the same data joined into one of sets and one of rates, metric -> row
+    -> column: for each group a row of its name, "... paper" and "... difference", then "constant" and "realised".
+    The Avg. of a group gets "p" against the reference, one of `names`, or else the full method of the same file."""
+    called, joined = names(groups), ({}, {})
+    if reference and reference not in called:
+        raise DataError(f"--reference {reference}: the runs are of {', '.join(called)}.")
+    for metric in dict.fromkeys(k for group in groups for k in {**group[1], **group[2]}):
+        for which, table in enumerate(joined, 1):
+            have = {name: group for name, group in zip(called, groups) if metric in group[which]}
+            rows, constants = {}, {}
+            for name, group in have.items():
+                ours, runs = {c: dict(v) for c, v in group[which][metric]["ours"].items()}, group[0]
+                against = reference or runs[0]["method"]
+                if "avg" in ours and against in have and against != name:
+                    ours["avg"].update(p=paired(runs, have[against][0], metric), reference=against)
+                rows[name] = ours
+                for row in ("paper", "difference"):
+                    if any(v is not None for v in group[which][metric].get(row, {}).values()):
+                        rows[f"{name} {row}"] = group[which][metric][row]
+                constants.setdefault(json.dumps(group[which][metric]["constant"]), []).append(runs[0]["method"])
+            for cells, of in constants.items():
+                rows["constant" + f" of {', '.join(dict.fromkeys(of))}" * (len(constants) > 1)] = json.loads(cells)
+            if have:
+                table[metric] = rows
+                if which == 2:
+                    rows["realised"] = next(iter(have.values()))[2][metric]["realised"]
+    return joined
+
+
 def cell(value, digits: int, signed: bool = False) -> str:
     if value is None:
         return "-"
     if isinstance(value, dict):
-        return f"{value['mean']:.{digits}f}" + (f"±{value['std']:.{digits}f}" if value["std"] is not None else "")
+        spread = "" if value["std"] is None else f"±{value['std']:.{digits}f}"
+        return f"{value['mean']:.{digits}f}{spread}" + "*" * (value.get("p") is not None and value["p"] < .05)
     return f"{value:{'+' if signed else ''}.{digits}f}"
 
 
 def show(table: dict, titles: dict, form: str) -> str:
-    """One table with a row each for ours, the paper, the difference, ..."""
-    some = next(iter(table.values()))["ours"]
+    """One table: metric -> row -> column -> number or summary; n stands beside the rows of summaries."""
+    some = next(iter(next(iter(table.values())).values()))
     lines = [["", *(titles.get(c, c) for c in some)]]
     for metric, rows in table.items():
         for name, row in rows.items():
             if not any(v is not None for v in row.values()) or name == "realised" and metric != list(table)[-1]:
                 continue        # nothing known; the realised rate, which all metrics share, once at the end
-            title = {"ours": f"{metric} ours (n={next(iter(some.values()))['n']})", "realised": "realised rate"}
-            digits = 3 if name == "realised" else 4 if metric in ("MAE", "Corr") else 2
-            lines.append([title.get(name, f"{metric} {name}"),
-                          *(cell(row.get(c), digits, name == "difference") for c in some)])
+            first, digits = next(iter(row.values())), 4 if metric in ("MAE", "Corr") else 2
+            title = f"{metric} {name}" + (f" (n={first['n']})" if isinstance(first, dict) else "")
+            if name == "realised":
+                title, digits = "realised rate", 3
+            lines.append([title, *(cell(row.get(c), digits, name.endswith("difference")) for c in some)])
     if form == "markdown":
         lines.insert(1, ["---"] * len(lines[0]))
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -360,7 +450,7 @@ def simulation(method: str, streams) -> str:
     return "simulated text: " + ("from the data" if data.SIMULATED in streams else "learned from audio")
 
 
-def heading(runs: list[dict], args) -> str:
+def heading(runs: list[dict], args) -> list[str]:
     """What a table is: whose numbers, on which data, and every reason not to compare them with the paper's."""
     r, module = runs[0], METHODS[runs[0]["method"]][0]
     usual = asdict(replace(module.PAPER[r["dataset"]], **module.ABLATIONS.get(r["ablation"], {})))
@@ -378,9 +468,21 @@ def heading(runs: list[dict], args) -> str:
         said.append("SYNTHETIC data: the paper's row is on real data and no comparison")
     if r["limit"]:
         said.append(f"note: only the first {r['limit']} clips of each split")
+    said += [f"note: seed {x['seed']} was stopped after {x['epochs_run']} of {x['config']['epochs']} epochs"
+             for x in runs if x.get("epochs_run", x["config"]["epochs"]) < x["config"]["epochs"]]
     if any(x["trained_on"]["sha256"] != x["data"]["sha256"] for x in runs):
         said.append("WARNING: this is not the file that the runs were trained on")
-    return "\n".join(said)
+    return said
+
+
+def headings(groups: list, args) -> str:
+    """The headings of several groups on the same data, each line once; a line that is not true of all says of whom."""
+    said = [heading(runs, args) for runs, *_ in groups]
+    lines = [lines[0] for lines in said]
+    for line in dict.fromkeys(line for lines_ in said for line in lines_[1:]):
+        of = [name for name, lines_ in zip(names(groups), said) if line in lines_]
+        lines.append(line + f" ({', '.join(of)})" * (len(of) < len(groups)))
+    return "\n".join(lines)
 
 
 def parts(module, sets: dict, rates: dict) -> list[tuple[str, dict, dict]]:
@@ -397,45 +499,104 @@ def parts(module, sets: dict, rates: dict) -> list[tuple[str, dict, dict]]:
     return [part for part in printed if part[1]]
 
 
-def plot(groups: list, rates: list[float], path: Path) -> None:
-    """F1 (and MAE) against the share of dropped frames, one line a group, the band one standard deviation."""
+def pyplot():
+    """matplotlib, drawing to files, at a size that can be read at a column's width."""
     try:
         import matplotlib
     except ImportError:
         raise DataError("--plot needs matplotlib: pip install matplotlib. All else works without it.") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    names = list(groups[0][2])
-    figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3.2), squeeze=False)
-    for runs, _, table in groups:
-        for axis, metric in zip(axes[0], table):
-            ours = [table[metric]["ours"][str(p)] for p in rates]
-            mean, std = np.array([o["mean"] for o in ours]), np.array([o["std"] or 0 for o in ours])
-            label = " ".join(filter(None, (runs[0]["method"], runs[0]["ablation"], "SYNTHETIC" * runs[0]["synthetic"])))
-            axis.plot(rates, mean, marker="o", label=label)
-            axis.fill_between(rates, mean - std, mean + std, alpha=.2)
-            axis.set(xlabel="share of frames dropped, p",
-                     ylabel=metric if metric == "MAE" else f"weighted {metric} (%)")
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    pyplot.rcParams.update({"font.size": 8, "savefig.dpi": 200, "lines.linewidth": 1.2, "lines.markersize": 4,
+                            "axes.prop_cycle": pyplot.cycler(color=COLOURS), "figure.constrained_layout.use": True})
+    return pyplot
+
+
+def save_figure(figure, path: Path) -> None:
+    lines = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=max(2, len(figure.axes)), fontsize=7)
+    picture = io.BytesIO()
     try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"--plot {path} cannot be written: {error}.") from None
+        figure.savefig(picture, format=path.suffix[1:] or "png")
+    except ValueError as error:
+        raise DataError(f"--plot {path}: {error}.") from None
+    write(path, picture.getvalue())
 
 
-def write_csv(groups: list, path: Path) -> None:
-    """One line a number: method, data set, ablation, metric, row, column, mean, std, n."""
+def plot_curves(tables: list, path: Path) -> None:
+    """Each metric against the share of dropped frames, a row of panels for each data set: a line a group, the band one
+    standard deviation; a star is the paper's number where nothing is dropped. tables: (groups, joined rates)."""
+    plt, most = pyplot(), max(len(table) for _, table in tables)
+    figure, axes = plt.subplots(len(tables), most, figsize=(3.4 * most, 3 * len(tables) + .4), squeeze=False)
+    for row, (groups, table) in zip(axes, tables):
+        r = groups[0][0][0]
+        for axis in row[len(table):]:
+            axis.set_visible(False)
+        for axis, (metric, rows) in zip(row, table.items()):
+            for i, name in ((i, n) for i, n in enumerate(names(groups)) if n in rows):
+                ours = [(float(p), v) for p, v in rows[name].items() if p != "area"]
+                rates, values = zip(*ours)
+                mean, std = np.array([v["mean"] for v in values]), np.array([v["std"] or 0 for v in values])
+                colour = COLOURS[i % len(COLOURS)]
+                axis.plot(rates, mean, "-" if i < len(COLOURS) else "--", color=colour, marker=MARKERS[i % len(MARKERS)],
+                          label=f"{name} (n={values[0]['n']})")
+                axis.fill_between(rates, mean - std, mean + std, alpha=.15, linewidth=0, color=colour)
+                known = rows.get(f"{name} paper", {}).get("0.0")
+                if known is not None and not r["synthetic"]:
+                    axis.plot(0, known, "*", color=colour, markersize=9, clip_on=False,
+                              label=f"{name}, paper")
+            axis.set(xlabel="share of frames dropped, p", title=r["dataset"] + ", SYNTHETIC" * r["synthetic"],
+                     ylabel=metric if metric == "MAE" else f"weighted {metric} (%)")
+    save_figure(figure, path)
+
+
+def joint(model, split: dict, task: str, condition, args) -> tuple[np.ndarray, np.ndarray]:
+    """Joint representations (n, width), which is what the head gets, of at most 100 clips a class, and their classes
+    (n,): one emotion alone, or negative and positive."""
+    if hasattr(model, "head"):
+        model.head = torch.nn.Identity()
+    else:
+        model.network.classifier = torch.nn.Identity()
+    (_, h, _), = predict(model, split, [condition], args.split, args.mask_seed, args.batch_size)
+    label = split["label"].cpu().numpy()
+    kind = (np.where(label.sum(1) == 1, label.argmax(1), -1) if task == "emotions"
+            else np.where(label == 0, -1, label > 0))
+    draw = np.random.default_rng(args.mask_seed).permutation(len(kind))
+    chosen = np.concatenate([draw[kind[draw] == k][:100] for k in np.unique(kind[kind >= 0])])
+    return h.flatten(1).cpu().numpy()[chosen], kind[chosen]
+
+
+def plot_tsne(groups: list, folders: dict, args, device, cache: dict) -> None:
+    """t-SNE of the joint representations of each group's first seed, half of the frames dropped and text alone."""
+    from sklearn.manifold import TSNE
+    plt, shown = pyplot(), {0.5: "p = 0.5", "l": "text alone"}
+    figure, axes = plt.subplots(len(groups), len(shown), figsize=(3.4 * len(shown), 2.8 * len(groups) + .3),
+                                squeeze=False)
+    for row, name, (runs, *_) in zip(axes, names(groups), groups):
+        run, model, loaded = open_run(folders[id(runs)], args, device, cache)
+        kinds = data.EMOTIONS if run["task"] == "emotions" else ("negative", "positive")
+        for axis, (condition, title) in zip(row, shown.items()):
+            h, kind = joint(model, loaded[args.split], run["task"], condition, args)
+            place = TSNE(perplexity=min(30, (len(h) - 1) / 3), random_state=args.mask_seed).fit_transform(h)
+            for k in np.unique(kind):
+                axis.scatter(*place[kind == k].T, s=8, marker=MARKERS[k], label=kinds[k])
+            axis.set(title=f"{name}, {run['dataset']}{', SYNTHETIC' * run['synthetic']}: {title}", xlabel="t-SNE 1",
+                     ylabel="t-SNE 2", xticks=[], yticks=[])
+    save_figure(figure, args.plot)
+
+
+def write_csv(report: list, path: Path) -> None:
+    """One line a number: data set and file, metric, row, column, mean, std, n, and p against the reference."""
     text = io.StringIO()
     out = csv.writer(text)
-    out.writerow(("method", "dataset", "synthetic", "ablation", "metric", "row", "column", "value", "std", "n"))
-    for runs, *tables in groups:
-        first = [runs[0][k] for k in ("method", "dataset", "synthetic", "ablation")]
-        for metric, rows in (item for table in tables for item in table.items()):
-            for row, cells in rows.items():
-                for column, v in cells.items():
-                    value = v.values() if isinstance(v, dict) else (v, None, None)
-                    out.writerow((*first, metric, row, column, *value))
+    out.writerow(("dataset", "synthetic", "data", "table", "metric", "row", "column", "value", "std", "n", "p"))
+    for groups, *tables in report:
+        r = groups[0][0][0]
+        for name, table in zip(("sets", "rates"), tables):
+            for metric, row, column, v in ((m, row, c, v) for m, rows in table.items() for row, cells in rows.items()
+                                           for c, v in cells.items()):
+                value = [v.get(k) for k in ("mean", "std", "n", "p")] if isinstance(v, dict) else (v, None, None, None)
+                out.writerow((r["dataset"], r["synthetic"], r["data"]["sha256"], name, metric, row, column, *value))
     write(path, text.getvalue())
 
 
@@ -460,8 +621,13 @@ def parse(argv=None) -> argparse.Namespace:
     add("--format", choices=("text", "markdown"), default="text", help="of the printed tables (default text)")
     add("--json", type=Path, metavar="F", help="write all tables to F")
     add("--csv", type=Path, metavar="F", help="write all tables to F, one number a line")
-    add("--plot", type=Path, metavar="F.png",
-        help="draw F1 (and MAE) against the share of dropped frames (needs matplotlib)")
+    add("--stored", action="store_true", help="take each run's results.json as it is, evaluate nothing")
+    add("--reference", metavar="NAME", help="with several methods or ablations: a star where the Avg. differs from "
+        'this row\'s, for instance corrkd or "corrkd no_scd" (paired t-test over the seeds, p < 0.05; default: from '
+        "that of the method's full form)")
+    add("--plot", type=Path, metavar="F.png", help="draw a figure (needs matplotlib)")
+    add("--figure", choices=("curves", "tsne"), default="curves", help="of --plot: F1 (and MAE) against the share of "
+        "dropped frames (default), or t-SNE of the joint representations of each first seed, 100 clips a class")
     args = parser.parse_args(argv)
     if not all(0 <= p <= 1 for p in args.rates) or args.batch_size < 1:
         parser.error("--rates are shares from 0 to 1, and --batch-size is at least 1")
@@ -470,36 +636,67 @@ def parse(argv=None) -> argparse.Namespace:
     if args.official and not (args.features and args.labels):
         parser.error("--official needs --features and --labels")
     args.features = args.features and dict(args.features)
-    if args.plot and args.protocol == "combos":
-        parser.error("--plot draws the frame-dropping curve: leave --protocol combos out")
+    if args.plot and args.figure == "curves" and args.protocol == "combos":
+        parser.error("--plot draws the frame-dropping curve: leave --protocol combos out, or add --figure tsne")
+    if args.official and (args.stored or args.figure == "tsne"):
+        parser.error("--official goes without --stored and --figure tsne")
     args.rates = sorted(set(args.rates))
     return args
+
+
+def collect(args, device, cache: dict) -> list[tuple[Path | None, dict]]:
+    """The asked runs and their results; a folder that has no checkpoint yet is named and left out, unless all are."""
+    found, folders = [], sorted(set(args.runs))
+    for folder in folders:
+        if not args.stored and not (folder / "best.pt").exists() and len(folders) > 1:
+            print(f"left out: {folder} has no best.pt, so it is no run or not far enough trained", file=sys.stderr)
+            continue
+        found.append((folder, stored(folder, args) if args.stored else evaluate_run(folder, args, device, cache)))
+    if folders and not found:
+        raise DataError("None of these folders is a run that has been trained.")
+    return found or [(None, evaluate_official(args, device))]
 
 
 def main(argv=None) -> int:
     args = parse(argv)
     try:
-        device, cache, grouped = device_named(args.device), {}, {}
-        for folder in sorted(set(args.runs)) or [None]:
-            result = evaluate_run(folder, args, device, cache) if folder else evaluate_official(args, device)
+        device, cache, grouped, folders, tables, report = device_named(args.device), {}, {}, {}, {}, []
+        for folder, result in collect(args, device, cache):
             same = ("dataset", "synthetic", "limit", "normalize", "method", "ablation", "config")
-            key = json.dumps([result["data"]["sha256"], *(result[k] for k in same)])
-            grouped.setdefault(key, []).append(result)
-        groups = []
-        for runs in sorted(grouped.values(), key=lambda runs: runs[0]["ablation"]):     # the full method first
-            print(heading(runs, args), end="\n\n")
-            sets = table_of_sets(runs) if args.protocol != "rates" else {}
-            rates = table_of_rates(runs, args.rates) if args.protocol != "combos" else {}
-            for title, table, titles in parts(METHODS[runs[0]["method"]][0], sets, rates):
+            runs = grouped.setdefault(json.dumps([result["data"]["sha256"], *(result[k] for k in same)]), [])
+            if any(r["seed"] == result["seed"] for r in runs):
+                raise DataError(f"{folder} is a second run of the same configuration and seed: name only one of them.")
+            runs.append(result)
+            folders.setdefault(id(runs), folder)
+        order = list(METHODS)
+        for runs in sorted(grouped.values(), key=lambda runs: (order.index(runs[0]["method"]), runs[0]["ablation"])):
+            group = (runs, table_of_sets(runs) if args.protocol != "rates" else {},
+                     table_of_rates(runs, args.rates) if args.protocol != "combos" else {})
+            tables.setdefault(json.dumps([runs[0][k] for k in ("dataset", "synthetic", "limit")]
+                                         + [runs[0]["data"]["sha256"]]), []).append(group)
+        for groups in tables.values():
+            sets, rates = compare(groups, args.reference)
+            print(headings(groups, args), end="\n\n")
+            tasks, methods = ({runs[0][k] for runs, *_ in groups} for k in ("task", "method"))
+            units = UNITS["regression" if len(tasks) > 1 else tasks.pop()]
+            few = sets if len(groups) == 1 else {k: v for k, v in sets.items() if k in MAIN}
+            for title, table, titles in parts(METHODS[methods.pop()][0] if len(methods) == 1 else None, few, rates):
                 gap = "\n" if args.format == "text" else "\n\n"
-                print(f"{title} ({UNITS[runs[0]['task']]})", show(table, titles, args.format), sep=gap, end="\n\n")
-            groups.append((runs, sets, rates))
+                print(f"{title} ({units})", show(table, titles, args.format), sep=gap, end="\n\n")
+            averaged = [cells["avg"] for rows in few.values() for cells in rows.values() if "avg" in cells]
+            if any(isinstance(v, dict) and v.get("p") is not None for v in averaged):
+                against = args.reference or "the full method's"
+                print(f"* differs from {against} Avg. (paired t-test over the seeds, p < 0.05)\n")
+            report.append((groups, sets, rates))
         if args.json:
-            write(args.json, json.dumps([{"runs": r, "sets": s, "rates": t} for r, s, t in groups], indent=1))
+            write(args.json, json.dumps([{"runs": [r for runs, *_ in groups for r in runs], "sets": s, "rates": t}
+                                         for groups, s, t in report], indent=1))
         if args.csv:
-            write_csv(groups, args.csv)
-        if args.plot:
-            plot(groups, args.rates, args.plot)
+            write_csv(report, args.csv)
+        if args.plot and args.figure == "tsne":
+            plot_tsne([group for groups, *_ in report for group in groups], folders, args, device, cache)
+        elif args.plot:
+            plot_curves([(groups, rates) for groups, _, rates in report], args.plot)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

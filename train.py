@@ -41,7 +41,8 @@ def parse(argv=None) -> argparse.Namespace:
     add("--epochs", type=int, help="for each stage (default: the method file's)")
     add("--batch-size", type=int, help="default: the method file's")
     add("--lr", type=float, help="learning rate of Adam (default: the method file's)")
-    add("--ablate", nargs="+", default=[""], metavar="NAME", help="a run for each NAME instead of the full method: "
+    add("--ablate", nargs="+", default=[""], metavar="NAME", help="a run for each NAME instead of the full method; "
+        "all: the full method and each NAME; "
         + "; ".join(f"{name}: {', '.join(module.ABLATIONS)}" for name, (module, _) in METHODS.items()))
     add("--normalize", action=argparse.BooleanOptionalAction,
         help="standardise the features by the training split (default: on; --features are used as they are)")
@@ -69,9 +70,11 @@ def parse(argv=None) -> argparse.Namespace:
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
     known = METHODS[args.method][0].ABLATIONS
+    if "all" in args.ablate:
+        args.ablate = ["", *known]
     for name in filter(None, args.ablate):
         if name not in known:
-            parser.error(f"--ablate {name}: {args.method} has {', '.join(known)}")
+            parser.error(f"--ablate {name}: {args.method} has {', '.join(known)}, and all")
     return args
 
 
@@ -356,7 +359,7 @@ def side_by_side(args, argv: list[str], plan: list) -> list[int]:
         name = run_folder(args, ablation, seed).name
         command = [sys.executable, str(Path(__file__).resolve()), *argv, "--jobs", "1", "--seeds", str(seed)]
         # A session of its own: a stop from the keyboard reaches it once, through this process.
-        child = subprocess.Popen(command + ["--ablate", ablation] * bool(ablation), env=share, stdout=subprocess.PIPE,
+        child = subprocess.Popen(command + ["--ablate", ablation], env=share, stdout=subprocess.PIPE,
                                  stderr=subprocess.STDOUT, text=True, start_new_session=True)
         begun.append(child)
         with tqdm(desc=name, position=place, disable=not sys.stderr.isatty(), bar_format="{desc}: {postfix}") as line:
