@@ -674,6 +674,18 @@ def stand_in(dataset: str, split: str, seed: int = 0) -> dict:
 
 # ---------------------------------------------------------------------------------- command line
 
+def serves(widths: dict, sizes: tuple) -> list[str]:
+    """Which paper's tables a pickle of these feature widths and split sizes can be compared with, and which not."""
+    other = [f"{m} {widths[m]}, not {w}" + ", BERT's width" * (m == "text" and widths[m] == 768)
+             for m, w in _WIDTHS.items() if widths[m] != w]
+    other += ["not a standard split"] * (sizes not in SIZES.values())
+    made = "comes from the file" if SIMULATED in widths else "is learned from the audio"
+    return ["CorrKD, UMDF: " + (f"not the papers' features ({'; '.join(other)}): it trains, but compares with no table"
+                                if other else "widths and splits of the papers"),
+            "Double-Flow: not its paper's features, which are folders and no pickle: it trains, but compares with no "
+            f"table; simulated text {made}"]
+
+
 def check(path: Path) -> None:
     """Print what one file is; raises DataError on what is wrong with it."""
     fields, digest = read_pickle(path), sha256(path)
@@ -697,6 +709,8 @@ def check(path: Path) -> None:
             ", ".join(f"{e} {100 * share:.1f} %" for e, share in zip(EMOTIONS, y.mean(0))) if dataset == "iemocap" else
             f"{y.min():.1f} to {y.max():.1f}, mean {y.mean():.2f}, std {y.std():.2f}, "
             f"{100 * (y > 0).float().mean():.1f} % positive, {100 * (y == 0).float().mean():.1f} % zero"))
+    for line in serves({m: split[m].shape[2] for m in streams(split)}, sizes):
+        print(f"  {line}")
     for note in said:
         print(f"  note: {note}")
 

@@ -455,8 +455,12 @@ def test_check_says_what_a_file_is(tmp_path, capsys):
     done = subprocess.run([sys.executable, ROOT / "data.py", "check", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for part in ("layout MulT", "SHA-256 " + data.sha256(tmp_path / "mosi_data.pkl"), "train: 5 clips", "(5, 12, 4) float32, 1 values of -inf read as 0",
-                 "zero padding in front", "mean 5.0, median 5, most 7", "not the standard split", "5 clips stand in both train and test"):
+                 "zero padding in front", "mean 5.0, median 5, most 7", "not the standard split", "5 clips stand in both train and test",
+                 "CorrKD, UMDF: not the papers' features (text 6, not 300; audio 4, not 74; vision 3, not 35; not a standard split)", "learned from the audio"):
         assert part in done.stdout, (part, done.stdout)
+    assert data.serves({"text": 300, "audio": 74, "vision": 35}, (1284, 229, 686))[0] == "CorrKD, UMDF: widths and splits of the papers"
+    assert "text 768, not 300, BERT's width" in data.serves({"text": 768, "audio": 74, "vision": 35, "simulated_text": 768}, (1284, 229, 686))[0]
+    assert "from the file" in data.serves({"text": 768, "audio": 74, "vision": 35, "simulated_text": 768}, (1, 1, 1))[1]
     for name, (what, _) in list(BAD.items())[:5] + [("nan", BAD["nan"])]:
         written(tmp_path / "bad", what)
         assert data.main(["check", str(tmp_path / "bad" / "mosi_data.pkl")]) == 1
