@@ -53,8 +53,16 @@ LARGE = 1 << 20         # bytes from which an array stays in the file until it i
 MAX_FRAMES = 1500       # of a training clip in feature folders; our choice
 
 
+def _printable(text: str, most: int = 100) -> str:
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= most else f"{text[:most - 60]} ... {text[-50:]}"
+
+
 class DataError(Exception):
-    """A user's mistake, told in one or two sentences."""
+    """A user's mistake, told in one or two sentences: one line, whatever a file has put into it."""
+
+    def __str__(self) -> str:
+        return _printable(super().__str__(), 600)
 
 
 # ---------------------------------------------------------------------------------- reading pickles
@@ -65,7 +73,12 @@ class _File:
 
     def __init__(self, path: Path):
         self.file, self.size, self.blocks = open(path, "rb"), path.stat().st_size, {}
-        self.read, self.readline = self.file.read, self.file.readline
+        self.readline = self.file.readline
+
+    def read(self, count: int) -> bytes:
+        if count > self.size:       # else memory for all of it is taken first
+            raise EOFError(f"the file ends {count - self.size} bytes too early")
+        return self.file.read(count)
 
     def readinto(self, view) -> int:
         if len(view) < LARGE:
@@ -127,13 +140,20 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         where = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
+        # No class of ours is handed out: a pickle can set attributes of what it gets, and they would stay.
         admitted = {"numpy.core.multiarray._reconstruct": self._reconstruct, "numpy.ndarray": "ndarray",
-                    "numpy.core.multiarray.scalar": self._scalar, "numpy.dtype": _DType,
+                    "numpy.core.multiarray.scalar": self._scalar, "numpy.dtype": self._dtype,
                     "numpy.core.numeric._frombuffer": self._frombuffer, "_codecs.encode": self._encode,
                     "collections.OrderedDict": OrderedDict, "builtins.set": set, "builtins.bytes": self._bytes}
         if f"{where}.{name}" not in admitted:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array; nothing of it was run")
         return admitted[f"{where}.{name}"]
+
+    def persistent_load(self, pid):
+        raise pickle.UnpicklingError(f"it asks for the persistent object {str(pid)[:80]}; nothing of it was run")
+
+    def _dtype(self, *state):
+        return _DType(*state)
 
     def _reconstruct(self, *_):                                 # numpy fills the array by a state that follows
         return _Array(self.source)
@@ -155,6 +175,21 @@ class _Unpickler(pickle.Unpickler):
         return b""
 
 
+def _size(value, depth: int = 0) -> int:
+    """How many values nested lists hold, written out. A list that holds one other many times is small in a file and
+    endless when it is walked through, so each is counted once a level, and refused where it goes too deep."""
+    if not isinstance(value, (list, tuple)):
+        return 1
+    if depth == 5:
+        raise pickle.UnpicklingError("it nests lists deeper than any data set does")
+    once, total = {}, 1
+    for item in value:
+        if id(item) not in once:
+            once[id(item)] = _size(item, depth + 1)
+        total += once[id(item)]
+    return total
+
+
 def _plain(value):
     """An array, or nested lists of arrays and values, without the reader's wrappers."""
     if isinstance(value, _Array):
@@ -164,14 +199,25 @@ def _plain(value):
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+def _field(name, value, size: int):
+    """A field of a split, checked; size: the file's, in bytes."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w. -]{1,64}", name):
+        raise pickle.UnpicklingError("a field's name is no short word")
+    if _size(value) > max(size, 1000):
+        raise pickle.UnpicklingError(f"'{name}' holds more values than the file has bytes")
+    return _plain(value)
+
+
 def read_pickle(path: Path) -> dict:
     """split -> field -> array or list, for the splits train, valid and test. Runs nothing in the file."""
     try:
         source = _File(path)
         with source.file:
             content = _Unpickler(source).load()
+            if source.file.tell() != source.size:
+                raise pickle.UnpicklingError(f"{source.size - source.file.tell()} bytes follow where it should end")
         if isinstance(content, dict) and all(isinstance(content.get(s), dict) for s in SPLITS):
-            return {s: {str(k): _plain(v) for k, v in content[s].items()} for s in SPLITS}
+            return {s: {str(k): _field(k, v, source.size) for k, v in content[s].items()} for s in SPLITS}
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
     except OSError as error:
@@ -180,7 +226,9 @@ def read_pickle(path: Path) -> dict:
         told = isinstance(error, (pickle.UnpicklingError, EOFError))
         said = " ".join(str(error).split()).rstrip(".") if told else type(error).__name__
         raise DataError(f"{path} is refused: {said}. Download it again from where the README says.") from None
-    held = f"a dict of {', '.join(map(str, list(content)[:8]))}" if isinstance(content, dict) else type(content)
+    held = f"a {type(content).__name__}"
+    if isinstance(content, dict):
+        held += " of " + ", ".join(k[:40] if isinstance(k, str) else type(k).__name__ for k in list(content)[:8])
     raise DataError(f"{path} holds {held}; expected a dict of train, valid and test, each a dict of arrays.")
 
 
@@ -554,7 +602,12 @@ def notes(fields: dict, dataset: str) -> list[str]:
                     f"({'/'.join(map(str, SIZES[dataset]))})")
     for a, b in (("train", "valid"), ("train", "test"), ("valid", "test")):
         if both := ids[a] & ids[b]:
-            said.append(f"{len(both)} clips stand in both {a} and {b}, for instance {min(both)}")
+            said.append(f"{len(both)} clips stand in both {a} and {b}, for instance {_printable(min(both))}")
+    for s in SPLITS:
+        if not ids[s]:
+            said.append(f"{s} has no ids, so nothing tells whether its clips stand elsewhere too")
+        elif twice := len(_ids(fields[s])) - len(ids[s]):
+            said.append(f"{twice} clips of {s} have the id of another one in it")
     return said
 
 

@@ -199,8 +199,11 @@ def read_checkpoint(path: Path, device="cpu") -> dict:
     except Exception as error:  # a damaged file can raise anything
         raise DataError(f"{path} is damaged or no checkpoint of train.py ({type(error).__name__}). "
                         "Train again with --no-resume.") from None
-    if not isinstance(content, dict) or content.get("method") not in METHODS or "model" not in content:
-        raise DataError(f"{path} is no checkpoint of train.py; it has no known method in it.")
+    kinds = {"method": str, "dataset": str, "task": str, "dims": dict, "config": dict, "data": dict, "model": dict}
+    if (not isinstance(content, dict) or not all(isinstance(content.get(k), kind) for k, kind in kinds.items())
+            or not {"limit", "normalize", "synthetic", "seed", "ablation", "constant"} <= content.keys()
+            or content["method"] not in METHODS or content["dataset"] not in data.SIZES):
+        raise DataError(f"{path} is no checkpoint of train.py: it does not name a method, its data and its settings.")
     return content
 
 
@@ -210,7 +213,7 @@ def build(checkpoint: dict, path: Path, device) -> torch.nn.Module:
     try:
         model = Model(checkpoint["dims"], checkpoint["task"], module.Config(**checkpoint["config"])).to(device)
         model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise DataError(f"{path} does not fit {module.__name__}.py, so it is of another version: "
                         f"{str(error).splitlines()[0]} Train again.") from None
     return model.eval()
@@ -248,6 +251,8 @@ def open_run(folder: Path, args, device, cache: dict) -> tuple[dict, torch.nn.Mo
     path = folder / "best.pt"
     run = read_checkpoint(path, device)
     model, source = build(run, path, device), run["data"]
+    if "stats" not in run:
+        raise DataError(f"{path} is a checkpoint to go on training from: best.pt is the one to evaluate.")
     where = args.data_dir or source["file"]
     features = args.features or (None if args.data_dir else source.get("features"))
     labels = args.labels or source.get("labels")
@@ -537,8 +542,8 @@ def plot_curves(tables: list, path: Path) -> None:
                 ours = [(float(p), v) for p, v in rows[name].items() if p != "area"]
                 rates, values = zip(*ours)
                 mean, std = np.array([v["mean"] for v in values]), np.array([v["std"] or 0 for v in values])
-                colour = COLOURS[i % len(COLOURS)]
-                axis.plot(rates, mean, "-" if i < len(COLOURS) else "--", color=colour, marker=MARKERS[i % len(MARKERS)],
+                colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+                axis.plot(rates, mean, "-" if i < len(COLOURS) else "--", color=colour, marker=marker,
                           label=f"{name} (n={values[0]['n']})")
                 axis.fill_between(rates, mean - std, mean + std, alpha=.15, linewidth=0, color=colour)
                 known = rows.get(f"{name} paper", {}).get("0.0")

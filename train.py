@@ -28,6 +28,11 @@ import eval as evaluation
 from data import STREAMS, DataError
 from eval import METHODS, write
 
+try:
+    import fcntl
+except ImportError:     # Windows has no such locks: two processes in one folder are not noticed there
+    fcntl = None
+
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -132,7 +137,7 @@ class Run:
                          "ablation": ablation, "seed": seed, "limit": args.limit, "normalize": args.normalize,
                          "task": self.task, "dims": loaded["dims"], "config": asdict(self.config),
                          "data": loaded["source"], "constant": constant}
-        self.history, self.best, self.stage, self.epoch = [], None, 0, 0
+        self.history, self.best, self.stage, self.epoch, self.lock = [], None, 0, 0, None
         self.generator = torch.Generator()
 
     def begin(self, stage: str) -> None:
@@ -257,7 +262,19 @@ class Run:
         save(self.folder / "last.pt",
              {**self.identity, "stage": self.stage, "epoch": self.epoch, "best": self.best, "history": self.history,
               "model": self.model.state_dict(), "optimizer": optimizer.state_dict(), "random": self.random_state()})
+        self.log()
+
+    def log(self) -> None:
         write(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+
+    def read_last(self) -> dict:
+        """last.pt, refused where it is not of this run."""
+        path = self.folder / "last.pt"
+        saved = evaluation.read_checkpoint(path)
+        if not {"stage", "epoch", "best", "history", "optimizer", "random"} <= saved.keys():
+            raise DataError(f"{path} is not what a run leaves to go on from. Start over with --no-resume.")
+        self.compare(path, saved)
+        return saved
 
     def restore(self) -> dict | None:
         """Create the folder, or take up what an earlier run of the same configuration left in it."""
@@ -266,14 +283,20 @@ class Run:
             self.compare(path)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not self.args.resume:
-                for name in ("last.pt", "best.pt", "log.jsonl", "results.json"):
-                    (self.folder / name).unlink(missing_ok=True)
+            self.take()
+            for name in ("last.pt", "best.pt", "log.jsonl", "results.json") if not self.args.resume else ():
+                (self.folder / name).unlink(missing_ok=True)
+            for left in self.folder.glob("*.tmp"):      # of a process that was killed while writing
+                left.unlink()
         except OSError as error:
             raise DataError(f"--out: {self.folder} cannot be made: {error.strerror}.") from None
         if (self.folder / "last.pt").exists():
-            saved = evaluation.read_checkpoint(self.folder / "last.pt", "cpu")
-            self.model.load_state_dict(saved["model"])
+            saved = self.read_last()
+            try:
+                self.model.load_state_dict(saved["model"])
+            except (RuntimeError, TypeError, AttributeError):
+                raise DataError(f"{self.folder / 'last.pt'} does not fit {self.args.method}.py. Start over with "
+                                "--no-resume.") from None
             self.stage, self.epoch, self.best, self.history = (saved[k] for k in ("stage", "epoch", "best", "history"))
             print(f"continuing {self.folder} after {self.stages[self.stage]} epoch {self.epoch}", flush=True)
             return saved
@@ -282,17 +305,35 @@ class Run:
                                 "versions": versions, "device": device_name(self.device)}, indent=1))
         return None
 
-    def compare(self, path: Path) -> None:
+    def take(self) -> None:
+        """Keep other processes out of the folder until this one ends or leaves it."""
+        if fcntl is None:
+            return
+        self.lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{self.folder} is in use by another process. Wait for it, or name another "
+                            "--out.") from None
+        except OSError:         # a file system without locks
+            pass
+
+    def leave(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+
+    def compare(self, path: Path, found: dict | None = None) -> None:
         """Refuse a folder that holds another configuration."""
         try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError):
+            found = found or json.loads(path.read_text())
+            found["config"], found["data"]["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
             raise DataError(f"{path} is damaged. Start over with --no-resume.") from None
         differ = [k for k, v in self.identity.items() if k != "data" and json.loads(json.dumps(v)) != found.get(k)]
-        if found.get("data", {}).get("sha256") != self.identity["data"]["sha256"]:
+        if found["data"]["sha256"] != self.identity["data"]["sha256"]:
             differ.append("data file")
         if "config" in differ:
-            known = found.get("config", {})
+            known = found["config"]
             differ[differ.index("config")] = ", ".join(k for k, v in asdict(self.config).items() if known.get(k) != v)
         if differ:
             raise DataError(f"{self.folder} holds a run of another configuration (differs in {', '.join(differ)}). "
@@ -303,8 +344,12 @@ class Run:
         if not (self.args.resume and (self.folder / "last.pt").exists() and (self.folder / "best.pt").exists()):
             return False
         self.compare(self.folder / "config.json")
-        saved = evaluation.read_checkpoint(self.folder / "last.pt", "cpu")
-        return saved["stage"] == len(self.stages) - 1 and saved["epoch"] >= self.config.epochs
+        saved = self.read_last()
+        if saved["stage"] < len(self.stages) - 1 or saved["epoch"] < self.config.epochs:
+            return False
+        self.history = saved["history"]
+        self.log()      # which a process that was killed may have had no time to write
+        return True
 
     def dry(self) -> None:
         """One batch of each stage, nothing written."""
@@ -406,7 +451,10 @@ def main(argv=None) -> int:
                 elif run.finished():
                     print("finished already")
                 else:
-                    run.train()
+                    try:
+                        run.train()
+                    finally:
+                        run.leave()
         if plan and not args.dry_run:
             closing(plan, args, loaded["dims"])
         return code
