@@ -67,28 +67,39 @@ class DataError(Exception):
 
 # ---------------------------------------------------------------------------------- reading pickles
 
-class _File:
-    """The pickle's bytes. A large block is not read but noted, so that each array is later read from the
-    file piece by piece: no second copy, and what nobody asks for (other splits, text_bert) is never read."""
+class _Block:
+    """A large block of a pickle's bytes, not read but noted. Each array is later read from the file piece by piece: no
+    second copy, and what nobody asks for (other splits, text_bert) is never read."""
 
-    def __init__(self, path: Path):
-        self.file, self.size, self.blocks = open(path, "rb"), path.stat().st_size, {}
-        self.readline = self.file.readline
+    def __init__(self, path: Path, offset: int, length: int):
+        self.path, self.offset, self.length = path, offset, length
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class _File:
+    """A pickle's bytes; with a path, its large blocks stay in that file."""
+
+    def __init__(self, file, size: int, path: Path | None = None):
+        self.file, self.size, self.path, self.readline = file, size, path, file.readline
 
     def read(self, count: int) -> bytes:
-        if count > self.size:       # else memory for all of it is taken first
-            raise EOFError(f"the file ends {count - self.size} bytes too early")
-        return self.file.read(count)
+        if count > self.size:       # before memory for all of it is taken
+            raise EOFError("it ends too early")
+        part = self.file.read(count)
+        if len(part) < count:
+            raise EOFError("it ends too early")
+        return part
 
-    def readinto(self, view) -> int:
-        if len(view) < LARGE:
-            return self.file.readinto(view)
+    def block(self, count: int) -> bytes | _Block:
+        if self.path is None or count < LARGE:
+            return self.read(count)
         offset = self.file.tell()
-        if offset + len(view) > self.size:
-            raise EOFError(f"the file ends {offset + len(view) - self.size} bytes too early")
-        self.blocks[np.frombuffer(view, "u1").ctypes.data] = offset
-        self.file.seek(len(view), 1)
-        return len(view)
+        if offset + count > self.size:
+            raise EOFError("it ends too early")
+        self.file.seek(count, 1)
+        return _Block(self.path, offset, count)
 
 
 class _DType:
@@ -105,9 +116,7 @@ class _DType:
 
 class _Array:
     """A pickled numpy.ndarray; `value` is the array itself, or a memory map of it where it is large."""
-
-    def __init__(self, source: _File):
-        self.source, self.value = source, None
+    value = None
 
     def __setstate__(self, state):
         _, shape, dtype, fortran, raw = state
@@ -124,19 +133,32 @@ class _Array:
             for i, item in enumerate(raw):                      # not [:]: numpy would unpack items that are lists
                 self.value[i] = item
             self.value = self.value.reshape(shape, order=order)
-        elif len(raw) >= LARGE and self.source.blocks:
-            offset = self.source.blocks[np.frombuffer(raw, "u1").ctypes.data]
-            self.value = np.memmap(self.source.file.name, dtype, "r", offset, tuple(shape), order)
+        elif isinstance(raw, _Block):
+            self.value = np.memmap(raw.path, dtype, "r", raw.offset, tuple(shape), order)
         else:
             self.value = np.frombuffer(raw, dtype).reshape(shape, order=order)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds numpy arrays and plain containers; whatever else a pickle asks for is refused, by name."""
+class _Unpickler(pickle._Unpickler):
+    """Builds numpy arrays and plain containers; whatever else a pickle asks for is refused, by name. The form of the
+    standard library that is written in Python: the one in C takes as much memory as a memo's number tells it to."""
+    dispatch = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, source: _File):
         super().__init__(source, encoding="latin1")
         self.source = source
+
+    def load_binbytes(self):
+        self.append(self.source.block(int.from_bytes(self.read(4), "little")))
+
+    def load_binbytes8(self):
+        self.append(self.source.block(int.from_bytes(self.read(8), "little")))
+
+    def load_frame(self):           # frames are there to be read ahead, and need not be
+        self.read(8)
+
+    dispatch.update({pickle.BINBYTES[0]: load_binbytes, pickle.BINBYTES8[0]: load_binbytes8,
+                     pickle.BYTEARRAY8[0]: load_binbytes8, pickle.FRAME[0]: load_frame})
 
     def find_class(self, module, name):
         where = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
@@ -156,15 +178,15 @@ class _Unpickler(pickle.Unpickler):
         return _DType(*state)
 
     def _reconstruct(self, *_):                                 # numpy fills the array by a state that follows
-        return _Array(self.source)
+        return _Array()
 
     def _frombuffer(self, raw, dtype, shape, order):            # protocol 5
-        array = _Array(self.source)
+        array = _Array()
         array.fill(raw, dtype.dtype, shape, order)
         return array
 
     def _scalar(self, dtype, raw=b""):
-        array = _Array(self.source)
+        array = _Array()
         array.fill(raw, dtype.dtype, (1,), "C")
         return array.value[0]
 
@@ -211,11 +233,11 @@ def _field(name, value, size: int):
 def read_pickle(path: Path) -> dict:
     """split -> field -> array or list, for the splits train, valid and test. Runs nothing in the file."""
     try:
-        source = _File(path)
-        with source.file:
+        with open(path, "rb") as file:
+            source = _File(file, path.stat().st_size, path)
             content = _Unpickler(source).load()
-            if source.file.tell() != source.size:
-                raise pickle.UnpicklingError(f"{source.size - source.file.tell()} bytes follow where it should end")
+            if file.tell() != source.size:
+                raise pickle.UnpicklingError(f"{source.size - file.tell()} bytes follow where it should end")
         if isinstance(content, dict) and all(isinstance(content.get(s), dict) for s in SPLITS):
             return {s: {str(k): _field(k, v, source.size) for k, v in content[s].items()} for s in SPLITS}
     except FileNotFoundError:
@@ -409,10 +431,6 @@ def standardize(split: dict, stats: dict) -> None:
 
 # ---------------------------------------------------------------------------------- folders of feature files
 
-class _Bytes(io.BytesIO):
-    blocks = {}             # what _Array asks its source for
-
-
 def _open_npy(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -484,14 +502,14 @@ def read_labels(path: Path) -> dict:
             for split, name in zip(SPLITS, ("train_corpus.npy", "val_corpus.npy", "test_corpus.npy")):
                 if archive.getinfo(name).file_size > 1 << 28:
                     raise pickle.UnpicklingError(f"{name} is too large for a list of labels")
-                raw = _Bytes(archive.read(name))
+                raw = io.BytesIO(archive.read(name))
                 version = np.lib.format.read_magic(raw)
                 if version not in ((1, 0), (2, 0)):
                     raise pickle.UnpicklingError(f"{name} is of an unknown version of numpy's format")
                 read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
                 if not read(raw)[2].hasobject:
                     raise pickle.UnpicklingError(f"{name} holds no dict")
-                corpus = _plain(_Unpickler(raw).load()).reshape(-1)[0]
+                corpus = _plain(_Unpickler(_File(raw, raw.getbuffer().nbytes)).load()).reshape(-1)[0]
                 values = np.array([float(np.reshape(_plain(fact["val"]), ())) for fact in corpus.values()], np.float32)
                 result[split] = list(map(str, corpus)), torch.from_numpy(values)
     except FileNotFoundError:
