@@ -162,9 +162,8 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module, name):
         where = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
-        # No class of ours is handed out: a pickle can set attributes of what it gets, and they would stay.
         admitted = {"numpy.core.multiarray._reconstruct": self._reconstruct, "numpy.ndarray": "ndarray",
-                    "numpy.core.multiarray.scalar": self._scalar, "numpy.dtype": self._dtype,
+                    "numpy.core.multiarray.scalar": self._scalar, "numpy.dtype": _DType,
                     "numpy.core.numeric._frombuffer": self._frombuffer, "_codecs.encode": self._encode,
                     "collections.OrderedDict": OrderedDict, "builtins.set": set, "builtins.bytes": self._bytes}
         if f"{where}.{name}" not in admitted:
@@ -173,9 +172,6 @@ class _Unpickler(pickle._Unpickler):
 
     def persistent_load(self, pid):
         raise pickle.UnpicklingError(f"it asks for the persistent object {str(pid)[:80]}; nothing of it was run")
-
-    def _dtype(self, *state):
-        return _DType(*state)
 
     def _reconstruct(self, *_):                                 # numpy fills the array by a state that follows
         return _Array()

@@ -286,8 +286,6 @@ class Run:
             self.take()
             for name in ("last.pt", "best.pt", "log.jsonl", "results.json") if not self.args.resume else ():
                 (self.folder / name).unlink(missing_ok=True)
-            for left in self.folder.glob("*.tmp"):      # of a process that was killed while writing
-                left.unlink()
         except OSError as error:
             raise DataError(f"--out: {self.folder} cannot be made: {error.strerror}.") from None
         if (self.folder / "last.pt").exists():

@@ -468,6 +468,15 @@ def test_check_says_what_a_file_is(tmp_path, capsys):
         assert error.startswith("error: ") and len(error.splitlines()) == 1, (name, error)
 
 
+def test_ids_that_are_not_there_or_not_unique_are_noted(tmp_path):
+    made = content()
+    del made["valid"]["id"]
+    made["train"]["id"] = np.repeat(made["train"]["id"][:1], 5, axis=0)
+    said = data.load("mosi", written(tmp_path, made))["source"]["notes"]
+    assert "4 clips of train have the id of another one in it" in said and any(note.startswith("valid has no ids") for note in said)
+    assert not any("test" in note for note in said)
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data, an optional folder of extra real data, is not here")
 @pytest.mark.parametrize("name, sizes", [("mosi400_lav", (218, 80, 102)), ("mosi_official_la", (1284, 229, 686))])
 def test_real_files(name, sizes):

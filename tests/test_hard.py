@@ -8,12 +8,12 @@ import multiprocessing
 import os
 import pickle
 import random
-import resource
 import signal
 import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -110,7 +110,7 @@ SHELLS = {f"protocol {p}: {name}": (pickle.dumps({**content(), "extra": what}, p
 
 @pytest.mark.parametrize("name", [*HOSTILE, *SHELLS, "torch legacy", "torch zip"])
 def test_a_hostile_pickle_executes_nothing_and_is_refused_by_name(tmp_path, monkeypatch, name):
-    """Nothing is called, no file appears, no class is changed; within a second and 200 MB."""
+    """Nothing is called, no file appears, no class is changed; within 200 MB, and in seconds where memory is traced."""
     monkeypatch.chdir(tmp_path)
     if name in ("torch legacy", "torch zip"):
         program("-c", TORCH, tmp_path / "x.pkl", name.split()[1])
@@ -120,17 +120,20 @@ def test_a_hostile_pickle_executes_nothing_and_is_refused_by_name(tmp_path, monk
         (tmp_path / "x.pkl").write_bytes(raw)
     if "of os.system" in name:
         copyreg.add_extension("os", "system", 0xf1)
-    before, peak, began = dict(vars(data._DType)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, began = dict(vars(data._DType)), time.perf_counter()
+    tracemalloc.start()
     try:
         with pytest.raises(DataError) as error:
             data.read_pickle(tmp_path / "x.pkl")
     finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
         if "of os.system" in name:
             copyreg.remove_extension("os", "system", 0xf1)
     text = str(error.value)
     assert said in text and text.isprintable() and len(text) <= 600, text
     assert os.listdir() == ["x.pkl"] and dict(vars(data._DType)) == before
-    assert time.perf_counter() - began < 5 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000     # kilobytes
+    assert time.perf_counter() - began < 20 and peak < 2e8, peak      # of a file of at most a megabyte
 
 
 def test_there_are_at_least_forty_hostile_pickles():
@@ -261,9 +264,13 @@ MOMENTS = [(n, m) for n in ("config.json", "best.pt", "last.pt", "log.jsonl") fo
 @posix
 @pytest.mark.parametrize("name, moment", some((MOMENTS[4], MOMENTS[6], MOMENTS[11]), *MOMENTS))
 def test_a_kill_while_a_file_is_written(uninterrupted, tmp_path, name, moment, capsys):
-    """At the second and at the last write of each file (the only one of config.json), then the same command again."""
+    """At the second and at the last write of each file (the first ones of best.pt, the only one of config.json), then the
+    same command again."""
     (tmp_path / "data").symlink_to(uninterrupted / "data")
-    for nth in (1,) if name == "config.json" else (2, 5 if name != "best.pt" else 3):
+    last = tmp_path / "runs" / "corrkd-mosi-s1" / "last.pt"
+    for nth in (1,) if name == "config.json" else (1, 1) if name == "best.pt" else (2, None):
+        if nth is None:
+            nth = 10 - len(torch.load(last, weights_only=True)["history"])      # five epochs in each of two stages
         def before(seen=[]):
             replace = os.replace
 
@@ -280,7 +287,7 @@ def test_a_kill_while_a_file_is_written(uninterrupted, tmp_path, name, moment, c
             evaluation.os.replace = stopping
         child = in_child(tmp_path, before)
         child.join(120)
-        assert child.exitcode in (-signal.SIGKILL, 0)
+        assert child.exitcode == -signal.SIGKILL
     child = in_child(tmp_path)
     child.join(120)
     assert child.exitcode == 0
