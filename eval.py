@@ -277,8 +277,11 @@ def evaluate_run(folder: Path, args, device, cache: dict) -> dict:
     run["checkpoint_sha256"] = data.sha256(folder / "best.pt")
     result, log = measure(model, run, loaded, args), folder / "log.jsonl"
     if log.exists():        # best.pt is of the last stage
-        stages = [json.loads(line)["stage"] for line in log.read_text().splitlines()]
-        result["epochs_run"] = stages.count(stages[-1])
+        try:
+            stages = [json.loads(line)["stage"] for line in log.read_text().splitlines()]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{log} is damaged. The same train.py command writes it again.") from None
+        result["epochs_run"] = stages.count(stages[-1]) if stages else 0
     write(folder / "results.json", json.dumps(result, indent=1))
     return stored(folder, args)
 
@@ -289,12 +292,17 @@ def stored(folder: Path, args) -> dict:
     try:
         result = json.loads(path.read_text())
         asked = {"split": args.split, "mask_seed": args.mask_seed}
+        module = METHODS[result["method"]][0]
+        module.PAPER[result["dataset"]], module.Config(**result["config"])      # of this version
+        [result[k] for k in ("ablation", "synthetic", "limit", "normalize", "seed", "dims", "constant")]
+        result["data"]["sha256"], result["data"]["notes"], result["trained_on"]["sha256"], UNITS[result["task"]]
         wrong = [f"{k} {result[k]}, not {v}" for k, v in asked.items() if result[k] != v]
         wrong += [f"no condition {c}" for c in conditions(args) if str(c) not in result["conditions"]][:1]
         if (folder / "best.pt").exists() and data.sha256(folder / "best.pt") != result["checkpoint_sha256"]:
             wrong.append("another checkpoint than the best.pt beside it")
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{path} does not exist or is damaged. Leave --stored out to evaluate the run.") from None
+        raise DataError(f"{path} does not exist, is damaged or of another version. Leave --stored out to evaluate the "
+                        "run.") from None
     if wrong:
         raise DataError(f"{path} has {', '.join(wrong)}. Leave --stored out to evaluate the run again.")
     return result

@@ -605,10 +605,15 @@ def test_stored_results_that_do_not_fit_are_refused(tmp_path, trained, capsys):
     one = stored_run(tmp_path, "corrkd", "", 1, 70.0)
     (tmp_path / "empty").mkdir()
     for arguments, said in (([one, "--stored"], "no condition 0.1"), ([one, "--stored", "--protocol", "combos", "--mask-seed", "3"], "mask_seed 0, not 3"),
-                            ([str(tmp_path / "empty"), "--stored"], "does not exist or is damaged")):
+                            ([str(tmp_path / "empty"), "--stored"], "does not exist, is damaged")):
         assert evaluation.main(arguments) == 2
         error = capsys.readouterr().err
         assert said in error and len(error.splitlines()) == 1
+    good = json.loads((Path(one) / "results.json").read_text())
+    for change in ({"config": {"depth": 3}}, {"method": "mult"}, {"data": 5}, {"conditions": None}):
+        (Path(one) / "results.json").write_text(json.dumps({**good, **change}))
+        assert evaluation.main([one, "--stored", "--protocol", "combos"]) == 2 and "of another version" in capsys.readouterr().err, change
+    (Path(one) / "results.json").write_text(json.dumps(good))
     (Path(one) / "best.pt").write_bytes((trained / "runs" / "corrkd-mosi-s1" / "best.pt").read_bytes())
     assert evaluation.main([one, "--stored", "--protocol", "combos"]) == 2 and "another checkpoint" in capsys.readouterr().err
 
