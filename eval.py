@@ -5,7 +5,7 @@
     python eval.py runs/*-mosi-* --reference corrkd         several methods and ablations: one table a data set
 
 Runs of the same method, data and ablation are averaged over their seeds. Each run folder gets a results.json, and all
-tables and figures are made from these files alone; --stored takes them as they are.
+tables and curves are made from these files alone; --stored takes them as they are.
 """
 import argparse
 import csv
