@@ -213,8 +213,10 @@ def short(folder, *more):
 
 
 def in_child(folder, before=lambda: None):
-    """A process that trains; started by a fork, so that torch need not be imported again."""
+    """A process that trains; started by a fork, so that torch need not be imported again. In one thread: the threads that
+    the tests before have started do not come along, and a child that counts on them waits for ever."""
     def work():
+        torch.set_num_threads(1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         before()
         os._exit(short(folder))
@@ -230,7 +232,7 @@ def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     written(folder / "data", learnable(n=24))
     child = in_child(folder)
-    child.join()
+    child.join(120)
     assert child.exitcode == 0
     return folder
 
@@ -262,8 +264,8 @@ MOMENTS = [(n, m) for n in ("config.json", "best.pt", "last.pt", "log.jsonl") fo
 
 
 @posix
-@pytest.mark.parametrize("name, moment", some((MOMENTS[4], MOMENTS[6], MOMENTS[11]), *MOMENTS))
-def test_a_kill_while_a_file_is_written(uninterrupted, tmp_path, name, moment, capsys):
+@pytest.mark.parametrize("name, moment", some((MOMENTS[7],), *MOMENTS))
+def test_a_kill_while_a_file_is_written(uninterrupted, tmp_path, name, moment, one_thread):
     """At the second and at the last write of each file (the first ones of best.pt, the only one of config.json), then the
     same command again."""
     (tmp_path / "data").symlink_to(uninterrupted / "data")
@@ -296,19 +298,19 @@ def test_a_kill_while_a_file_is_written(uninterrupted, tmp_path, name, moment, c
 
 @posix
 @pytest.mark.long
-def test_thirty_kills_at_random_moments(uninterrupted, tmp_path):
+def test_thirty_kills_at_random_moments(uninterrupted, tmp_path, one_thread):
     (tmp_path / "data").symlink_to(uninterrupted / "data")
     draw, killed = random.Random(0), 0
     began = time.perf_counter()
     child = in_child(uninterrupted)     # finished already: how long a start takes
-    child.join()
+    child.join(120)
     start = time.perf_counter() - began
     while killed < 30:
         child = in_child(tmp_path)
         child.join(start * draw.uniform(.2, 2.5))
         if child.exitcode is None:
             child.kill()
-            child.join()
+            child.join(120)
             killed += 1
         elif child.exitcode == 0:       # it came to its end before it was killed often enough: once more from the beginning
             same_end(tmp_path, uninterrupted)
@@ -321,7 +323,7 @@ def test_thirty_kills_at_random_moments(uninterrupted, tmp_path):
 
 
 @posix
-def test_a_second_process_in_a_run_folder_is_refused(uninterrupted, tmp_path, capsys):
+def test_a_second_process_in_a_run_folder_is_refused(uninterrupted, tmp_path, one_thread, capsys):
     (tmp_path / "data").symlink_to(uninterrupted / "data")
     (tmp_path / "runs" / "corrkd-mosi-s1").mkdir(parents=True)
     import fcntl
@@ -333,13 +335,22 @@ def test_a_second_process_in_a_run_folder_is_refused(uninterrupted, tmp_path, ca
         assert "in use by another process" in error and len(error.splitlines()) == 1 and not list((tmp_path / "runs" / "corrkd-mosi-s1").iterdir())
     os.close(held)
     child = in_child(tmp_path)
-    child.join()
+    child.join(120)
     assert child.exitcode == 0
     same_end(tmp_path, uninterrupted)
 
 
+@pytest.fixture
+def one_thread():
+    """As many as the runs in children have, so that numbers are the same to the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @posix
-def test_a_disk_that_is_full_and_a_folder_that_vanishes(uninterrupted, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_is_full_and_a_folder_that_vanishes(uninterrupted, tmp_path, one_thread, monkeypatch, capsys):
     """/dev/full answers as a full disk does; the last good checkpoint stays, and the same command goes on later."""
     (tmp_path / "data").symlink_to(uninterrupted / "data")
     folder, store = tmp_path / "runs" / "corrkd-mosi-s1", train.Run.store
@@ -361,7 +372,6 @@ def test_a_disk_that_is_full_and_a_folder_that_vanishes(uninterrupted, tmp_path,
     (tmp_path / "away").rename(folder)
     monkeypatch.undo()
     assert short(tmp_path) == 0
-    torch.manual_seed(0)
     assert history(tmp_path) == history(uninterrupted)
 
 
