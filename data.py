@@ -555,9 +555,7 @@ def _feature_splits(features: dict, labels, splits, limit: int | None, max_frame
             frames.keep(kept)
         real = {m: torch.arange(f.shape[1]) < f.length[:, None] for m, f in split.items()}
         result[s] = {**split, "real": real, "label": label[kept], "id": [ids[i] for i in kept.tolist()], "facts": {}}
-    for a, b in (("train", "valid"), ("train", "test"), ("valid", "test")):
-        if both := set(corpus[a][0]) & set(corpus[b][0]):
-            said.append(f"{len(both)} clips stand in both {a} and {b}, for instance {min(both)}")
+    said += _shared({s: ids for s, (ids, _) in corpus.items()})
     widths = {m: result[splits[0]][m].shape[2] for m in features}
     digest.update(repr(sorted((m, Path(where).name, widths[m]) for m, where in features.items())).encode())
     folders = " ".join(f"{m}={where}" for m, where in features.items())
@@ -607,22 +605,27 @@ def load(dataset: str, data_dir: str | Path = "data", splits=("train", "valid"),
     return {**result, "dims": dims, "aligned": aligned, "stats": stats if normalize else None, "source": source}
 
 
-def notes(fields: dict, dataset: str) -> list[str]:
-    """What a careful reader of a table would want to know about this file."""
-    said, ids = [], {s: set(_ids(fields[s])) for s in SPLITS}
-    sizes = tuple(_count(fields[s].get("text")) for s in SPLITS)
-    if sizes != SIZES[dataset]:
-        said.append(f"{'/'.join(map(str, sizes))} clips: not the standard split of {dataset} "
-                    f"({'/'.join(map(str, SIZES[dataset]))})")
+def _shared(ids: dict[str, list[str]]) -> list[str]:
+    """Which clips stand in more than one split, or more than once in one; ids: split -> its clips' ids."""
+    said = []
     for a, b in (("train", "valid"), ("train", "test"), ("valid", "test")):
-        if both := ids[a] & ids[b]:
+        if both := set(ids[a]) & set(ids[b]):
             said.append(f"{len(both)} clips stand in both {a} and {b}, for instance {_printable(min(both))}")
     for s in SPLITS:
         if not ids[s]:
             said.append(f"{s} has no ids, so nothing tells whether its clips stand elsewhere too")
-        elif twice := len(_ids(fields[s])) - len(ids[s]):
+        elif twice := len(ids[s]) - len(set(ids[s])):
             said.append(f"{twice} clips of {s} have the id of another one in it")
     return said
+
+
+def notes(fields: dict, dataset: str) -> list[str]:
+    """What a careful reader of a table would want to know about this file."""
+    said, sizes = [], tuple(_count(fields[s].get("text")) for s in SPLITS)
+    if sizes != SIZES[dataset]:
+        said.append(f"{'/'.join(map(str, sizes))} clips: not the standard split of {dataset} "
+                    f"({'/'.join(map(str, SIZES[dataset]))})")
+    return said + _shared({s: _ids(fields[s]) for s in SPLITS})
 
 
 # ---------------------------------------------------------------------------------- missing frames and streams

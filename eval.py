@@ -490,10 +490,10 @@ def heading(runs: list[dict], args) -> list[str]:
 
 def headings(groups: list, args) -> str:
     """The headings of several groups on the same data, each line once; a line that is not true of all says of whom."""
-    said = [heading(runs, args) for runs, *_ in groups]
-    lines = [lines[0] for lines in said]
-    for line in dict.fromkeys(line for lines_ in said for line in lines_[1:]):
-        of = [name for name, lines_ in zip(names(groups), said) if line in lines_]
+    said = dict(zip(names(groups), (heading(runs, args) for runs, *_ in groups)))
+    lines = [first for first, *_ in said.values()]
+    for line in dict.fromkeys(line for _, *rest in said.values() for line in rest):
+        of = [name for name, told in said.items() if line in told]
         lines.append(line + f" ({', '.join(of)})" * (len(of) < len(groups)))
     return "\n".join(lines)
 
