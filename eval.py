@@ -713,6 +713,9 @@ def main(argv=None) -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped; what was evaluated is in each run's results.json", file=sys.stderr)
+        return 130
     return 0
 
 

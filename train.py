@@ -465,4 +465,8 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == 130:         # stopped from the keyboard: not to wait for torch's clean-up, which takes a second
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

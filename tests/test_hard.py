@@ -538,14 +538,28 @@ def test_neither_the_evaluations_batches_nor_the_threads_matter(tmp_path, method
 
 @posix
 @pytest.mark.long
-def test_a_stop_from_the_keyboard_takes_a_second(uninterrupted, tmp_path):
-    (tmp_path / "data").symlink_to(uninterrupted / "data")
-    command = [sys.executable, ROOT / "train.py", "--method", "umdf", "--dataset", "mosi", "--synthetic", "--epochs", "99", "--seeds", "1", "--device", "cpu", "--limit", "300"]
-    with subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert any("train 1/99" in line for line in process.stdout)
-        time.sleep(.5)
-        began = time.perf_counter()
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=30)
-    took = time.perf_counter() - began
-    assert process.returncode == 130 and error.strip() == "stopped; the same command goes on after the last finished epoch" and took < 3, took
+def test_a_stop_from_the_keyboard_takes_less_than_a_second(tmp_path):
+    command = [sys.executable, ROOT / "train.py", "--method", "umdf", "--dataset", "mosi", "--synthetic", "--epochs", "99", "--seeds", "1", "--device", "cpu", "--limit", "300",
+               "--batch-size", "16"]
+    took = []
+    for _ in range(5):      # another process may take the machine for a while: the quickest of five
+        with subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert any("train " in line for line in process.stdout)
+            time.sleep(.5)
+            began = time.perf_counter()
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=30)
+        took.append(time.perf_counter() - began)
+        assert process.returncode == 130 and error.strip() == "stopped; the same command goes on after the last finished epoch"
+        if took[-1] < 1:
+            break
+    assert min(took) < 1, took
+
+
+def test_a_stop_while_reading_or_evaluating_is_told_in_a_line(monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(evaluation, "collect", stop)
+    assert evaluation.main(["runs/some"]) == 130 and "stopped; " in capsys.readouterr().err
+    monkeypatch.setattr(data, "check", stop)
+    assert data.main(["check", "some.pkl"]) == 130 and capsys.readouterr().err == "\nstopped\n"
