@@ -16,6 +16,7 @@ import json
 import os
 import statistics
 import sys
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -190,10 +191,17 @@ def write(path: Path, content: str | bytes) -> None:
             pass
 
 
+def read_tensors(path: Path, device):
+    """torch.load of tensors and plain values only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")     # torch 2.1 warns of its own reader
+        return torch.load(path, map_location=device, weights_only=True)
+
+
 def read_checkpoint(path: Path, device="cpu") -> dict:
     """A checkpoint of train.py: tensors and plain values only."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = read_tensors(path, device)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: {path.parent} is no run folder, or not far enough trained.") from None
     except Exception as error:  # a damaged file can raise anything
@@ -315,7 +323,7 @@ def evaluate_official(args, device) -> dict:
     config = double_flow.Config(mia="off")
     model = double_flow.DoubleFlow(loaded["dims"], "regression", config).to(device)
     try:
-        model.load_official(torch.load(args.official, map_location=device, weights_only=True))
+        model.load_official(read_tensors(args.official, device))
         digest = hashlib.sha256(args.official.read_bytes()).hexdigest()
     except FileNotFoundError:
         raise DataError(f"--official {args.official} does not exist.") from None

@@ -157,7 +157,7 @@ class Python2(pickle._Pickler):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f8", np.int32])
-@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5, "python 2", "numpy 1"])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5, "python 2", "numpy 1", "numpy 2"])
 def test_protocols_and_number_types(tmp_path, protocol, dtype):
     made = content(dtype=dtype)
     expected = data.load("mosi", written(tmp_path / "a", made), SPLITS, normalize=False)
@@ -167,10 +167,13 @@ def test_protocols_and_number_types(tmp_path, protocol, dtype):
         Python2(buffer, 2).dump(made)
         raw = buffer.getvalue()
     else:
-        raw = pickle.dumps(made, protocol=2 if protocol == "numpy 1" else protocol)
+        raw = pickle.dumps(made, protocol=2 if isinstance(protocol, str) else protocol)
     if protocol == "numpy 1":
-        assert b"numpy._core" in raw
         raw = raw.replace(b"numpy._core", b"numpy.core")
+        assert b"numpy.core" in raw
+    if protocol == "numpy 2":
+        raw = raw.replace(b"numpy.core", b"numpy._core")
+        assert b"numpy._core" in raw
     loaded = data.load("mosi", written(tmp_path / "b", raw), SPLITS, normalize=False)
     for s in SPLITS:
         same(loaded[s], expected[s])

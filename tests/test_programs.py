@@ -684,6 +684,12 @@ def program(*arguments, **more):
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, **more)
 
 
+def begun(*arguments, cwd):
+    """The program, not waited for; it can be stopped from the keyboard even where the tests run in the background, which a shell makes deaf to that."""
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
 def test_the_readmes_commands_cut_to_seconds(tmp_path):
     """The first command of the README as it stands there, fewer clips and one seed; then the command that it prints."""
     readme = (ROOT / "README.md").read_text()
@@ -769,9 +775,8 @@ def test_each_process_side_by_side_trains_one_run_of_the_plan(tmp_path, monkeypa
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_a_stop_from_the_keyboard_ends_all_processes_and_says_how_to_go_on(tmp_path):
-    command = [sys.executable, ROOT / "train.py", "--method", "corrkd", "--dataset", "mosi", "--synthetic", "--limit", "60", "--epochs", "99", "--seeds", "1", "2",
-               "--jobs", "2", "--device", "cpu"]
-    with subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with begun(ROOT / "train.py", "--method", "corrkd", "--dataset", "mosi", "--synthetic", "--limit", "60", "--epochs", "99", "--seeds", "1", "2", "--jobs", "2",
+               "--device", "cpu", cwd=tmp_path) as process:
         assert any("s1: teacher 2/99" in line for line in process.stdout)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=30)
