@@ -1,5 +1,4 @@
 """double_flow.py against the official code's stored outputs, loops written from the equations, and its docstring."""
-import copy
 import json
 import math
 import re

@@ -10,11 +10,9 @@ import pickle
 import random
 import signal
 import struct
-import sys
 import time
 import tracemalloc
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -21,7 +21,7 @@ import double_flow
 import eval as evaluation
 import train
 import umdf
-from data import SPLITS, STREAMS, DataError
+from data import SPLITS, STREAMS
 from test_data import content, feature_folders, written
 
 ROOT = Path(__file__).resolve().parent.parent
