@@ -1,11 +1,14 @@
+import os
 import pathlib
 import sys
 
+# Before torch is imported: these models are too small to gain from threads, which others on the machine slow down a lot.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))     # the scripts are flat files, not a package
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "long: the slow half of test_hard.py")
+    config.addinivalue_line("markers", "long: slow tests, of kills and of many processes; run by -m long")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -425,7 +425,7 @@ def test_the_stand_in_has_mosis_size_shape_and_balance():
     assert {m: tuple(split[m].shape[1:]) for m in STREAMS} == {"text": (50, 300), "audio": (50, 74), "vision": (50, 35)}
 
 
-def test_the_written_stand_in_is_mults_layout_and_the_one_in_memory(tmp_path):
+def test_the_written_stand_in_is_mults_layout_and_the_one_in_memory(tmp_path, capsys):
     """Read back the way MulT's reader does: plain pickle, float arrays, id rows of three bytes strings that decode."""
     command = [sys.executable, ROOT / "data.py", "synthesize", "mosi", "--out", tmp_path / "new"]
     assert "SYNTHETIC" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -438,8 +438,9 @@ def test_the_written_stand_in_is_mults_layout_and_the_one_in_memory(tmp_path):
         assert not raw[s]["text"][:, 0].any(1).all() and raw[s]["text"][:, -1].any(1).all()       # padded in front
     loaded, memory = data.load("mosi", tmp_path / "new"), data.load("mosi", synthetic=True)
     same(loaded["train"], memory["train"])
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 2 and "exists already" in again.stderr and len(again.stderr.splitlines()) == 1
+    assert data.main(list(map(str, command[2:]))) == 2
+    error = capsys.readouterr().err
+    assert "exists already" in error and len(error.splitlines()) == 1
     assert os.listdir(tmp_path / "new") == ["mosi_data.pkl"]
 
 

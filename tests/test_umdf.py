@@ -315,8 +315,8 @@ def test_a_model_can_learn_one_batch(task):
     model = model_of(task)
     complete, real = clips(8, ALIGNED)
     target = goal(task, 8)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    for _ in range(60):
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
+    for _ in range(30):
         optimizer.zero_grad()
         model.losses(complete, complete, target, real)["total"].backward()
         optimizer.step()
