@@ -23,7 +23,7 @@ import eval as evaluation
 import train
 from data import SPLITS, STREAMS, DataError
 from test_data import Call, content, written
-from test_programs import ROOT, begun, equal, history, learnable, parameters, program, run
+from test_programs import ROOT, begun, equal, history, learnable, parameters, run
 
 # ------------------------------------------------------------------------------------- hostile pickles
 

@@ -723,6 +723,7 @@ def test_every_command_of_the_readme_is_understood():
         assert {"train.py": train, "eval.py": evaluation}[name].parse(words), words
 
 
+@pytest.mark.long
 def test_every_training_command_of_the_readme_starts(tmp_path, monkeypatch, capsys):
     """Each line on small made-up data: the data is loaded, all its ablations are built, a batch goes through each stage."""
     monkeypatch.setattr(data, "SIZES", dict.fromkeys(data.SIZES, (24, 12, 12)))
