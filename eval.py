@@ -37,8 +37,6 @@ COLUMNS = ("l", "a", "v", "la", "lv", "av", "avg", "lav")
 TITLES = {**{c: "{" + ",".join(c) + "}" for c in COLUMNS}, "avg": "Avg."}
 SHOWN = ("happy", "sad", "angry", "neutral")    # the papers' order of emotions
 MAIN = ("F1", "MAE", *(f"F1 {e}" for e in SHOWN))   # in every table; the others of a regression in that of the sets
-
-
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")     # Okabe and Ito
 MARKERS = "os^Dv<>P"
 UNITS = {"polarity": "weighted F1, %", "emotions": "weighted F1, %",
@@ -199,7 +197,7 @@ def read_tensors(path: Path, device):
 
 
 def read_checkpoint(path: Path, device="cpu") -> dict:
-    """A checkpoint of train.py: tensors and plain values only."""
+    """A checkpoint of train.py, or a DataError that says what is wrong with it."""
     try:
         content = read_tensors(path, device)
     except FileNotFoundError:
