@@ -595,6 +595,7 @@ def test_runs_of_other_data_or_settings_never_share_a_row(tmp_path, capsys):
     assert evaluation.main([*runs, "--stored", "--protocol", "combos"]) == 0
     out = capsys.readouterr().out
     assert out.count("Available streams") == 2 and "F1 corrkd [lr 0.001] (n=1)" in out and "F1 corrkd [lr 0.5] (n=1)" in out and "F1 corrkd (n=1)" in out
+    assert "other settings than the defaults: lr 0.5 (corrkd [lr 0.5])\n" in out and "SHA-256 aaaaaaaaaaaa\n" in out     # of whom, where not of all
     again = tmp_path / "again"
     again.mkdir()
     assert evaluation.main([runs[0], stored_run(again, "corrkd", "", 1, 70.0), "--stored", "--protocol", "combos"]) == 2
