@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 STREAMS = ("text", "audio", "vision")
+SETS = ("l", "a", "v", "la", "lv", "av", "lav")                     # the papers' sets of available streams
 TASKS = {"mosi": "polarity", "mosei": "polarity", "iemocap": "emotions"}
 HEADS = {"polarity": 1, "emotions": 4}  # two-class decisions a clip
 
@@ -62,12 +63,14 @@ class Config:
     layers: int = 2         # our choice
     dropout: float = 0.1    # our choice
     clip: float = 1.0       # largest gradient norm; our choice
+    weight_decay: float = 0.0
     scd: float = 1.0        # a loss of weight 0 is not computed
     cpd: float = 1.0
     rcd: float = 1.0
     kl: float = 0.0         # KL(R^t || R^s), the ablation in the place of RCD
     scd_raw: bool = False   # (4) on H itself instead of H / |H|
     student: bool = True    # False: the teacher alone
+    aligned: bool = True    # whether streams are aligned; makes no difference to this method
 
 
 PAPER = {
@@ -86,8 +89,10 @@ ABLATIONS = {
     "layers_3": {"layers": 3},
     "layers_4": {"layers": 4},
 }
+FEATURES = {"text": 300, "audio": 74, "vision": 35}                 # widths of the features that REPORTED is of
+TABLE = {}                                                          # the paper's table is that of the seven sets
 # The paper's F1 in per cent, five seeds, as HRLF reprints them: l, a, v, la, lv, av, avg, lav.
-_COLUMNS = ("l", "a", "v", "la", "lv", "av", "avg", "lav")
+_COLUMNS = (*SETS[:6], "avg", "lav")
 _ROWS = {
     "mosi": {"F1": (81.20, 66.52, 60.72, 83.56, 82.41, 73.74, 74.69, 83.94)},
     "mosei": {"F1": (80.76, 66.09, 62.30, 81.74, 81.28, 71.92, 74.02, 82.16)},
@@ -101,6 +106,11 @@ REPORTED = {name: {"": {metric: dict(zip(_COLUMNS, row)) for metric, row in rows
             for name, rows in _ROWS.items()}
 REPORTED["mosi"].update({name: {"F1": {"avg": avg}} for name, avg in
                          {"no_scd": 72.46, "no_cpd": 71.81, "kl": 73.27}.items()})
+
+
+def learning_rate_factor(epoch: int) -> float:
+    """What the learning rate is multiplied by in epoch 0, 1, ...: it is constant."""
+    return 1.0
 
 
 def sinusoid(length: int, width: int, device=None) -> Tensor:
@@ -240,7 +250,8 @@ class CorrKD(nn.Module):
 
     dims: feature width of text, audio and vision. task: "polarity" (logits (B, 2), class 1 = positive) or
     "emotions" (logits (B, 4, 2), four yes/no decisions). Train the stages in the order of `stages`, each
-    after `begin(stage)`.
+    after `begin(stage)`; the sets beside a stage's name are those that its best epoch is chosen on: a teacher
+    that will be distilled, on the complete clips that it will see.
     """
 
     def __init__(self, dims: dict[str, int], task: str, config: Config | None = None):
@@ -255,13 +266,20 @@ class CorrKD(nn.Module):
         self.student = Network(dims, 2 * HEADS[task], config)
         self.critics = nn.ModuleList(nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
                                                    nn.Linear(64, 1)) for _ in "UV")
-        distils = config.scd or config.cpd or config.rcd or config.kl
-        self.stages = (("teacher",) if distils or not config.student else ()) + (("student",) if config.student else ())
-        self.begin(self.stages[-1])     # so that a model made to load a checkpoint answers with the right network
+        if not config.student:
+            self.stages = {"teacher": SETS}
+        elif config.scd or config.cpd or config.rcd or config.kl:
+            self.stages = {"teacher": ("lav",), "student": SETS}
+        else:
+            self.stages = {"student": SETS}
+        self.begin([*self.stages][-1])  # so that a model made to load a checkpoint answers with the right network
 
     def begin(self, stage: str) -> None:
         """Let the parameters of this stage learn and hold all others; the student stage freezes the teacher."""
+        if stage not in self.stages:
+            raise ValueError(f"no stage {stage!r}: this model has {', '.join(self.stages)}")
         self.stage = stage
+        self.sees_missing, self.has_teacher = stage == "student", stage == "student" and "teacher" in self.stages
         self.requires_grad_(False)
         for part in (self.teacher,) if stage == "teacher" else (self.student, self.critics):
             part.requires_grad_(True)
@@ -281,10 +299,14 @@ class CorrKD(nn.Module):
     def forward(self, text: Tensor, audio: Tensor, vision: Tensor, real: dict[str, Tensor] | None = None) -> Tensor:
         """Logits (B, 2) or (B, 4, 2) of clips whose missing frames are zeros. Streams (B, T_m, d_m);
         real: m -> (B, T_m) bool, True = not padding; None = no padding."""
-        return self.classify(self.network.represent({"text": text, "audio": audio, "vision": vision}, real))
+        return self.classify(self.represent({"text": text, "audio": audio, "vision": vision}, real))
+
+    def represent(self, streams: dict[str, Tensor], real: dict[str, Tensor] | None = None) -> Tensor:
+        """H (B, 3d) of (2)."""
+        return self.network.represent(streams, real)
 
     def encode(self, name: str, stream: Tensor, real: Tensor | None = None) -> Tensor:
-        """One stream's share of H, (B, d): streams are encoded one by one, so an evaluation can reuse them."""
+        """One stream's share of H, (B, d), which joins them in the order of STREAMS: an evaluation can reuse them."""
         return self.network.encoders[name](stream, real)
 
     def classify(self, h: Tensor) -> Tensor:
@@ -307,11 +329,11 @@ class CorrKD(nn.Module):
         classes (B,) for polarity, (B, 4) for emotions; teacher: rows of `teacher_outputs` for these clips, or
         None to compute them here. "scd_active" is no loss but the share of negatives inside the margin.
         """
-        c, stage = self.config, self.stage
-        h, f = self.network(complete if stage == "teacher" else missing, real)
+        c = self.config
+        h, f = self.network(missing if self.sees_missing else complete, real)
         f, y = f.unflatten(-1, (-1, 2)), target.reshape(len(target), -1)            # (B, G, 2), (B, G)
         terms = {"task": F.cross_entropy(f.flatten(0, 1), y.flatten())}
-        if stage == "teacher" or "teacher" not in self.stages:
+        if not self.has_teacher:
             return {**terms, "total": terms["task"]}
         h_t, f_t = teacher or self.teacher_outputs(complete, real)
         f_t = f_t.unflatten(-1, (-1, 2))
@@ -338,3 +360,6 @@ class CorrKD(nn.Module):
             for g in range(target.shape[1]):
                 total = total - jsd_mutual_information(critic, a[:, g], b[:, g])
         return total / target.shape[1]
+
+
+Model = CorrKD

@@ -1,7 +1,7 @@
 """Data: read the standard pickles safely, make a synthetic stand-in, drop frames and streams.
 
     python data.py check FILE|DIR                                   what a file is, or what is wrong with it
-    python data.py synthesize mosi|mosei|iemocap --out DIR          write a stand-in in MulT's layout
+    python data.py synthesize mosi|mosei|iemocap --out DIR          write a SYNTHETIC stand-in in MulT's layout
 
 Formats: MulT's (split -> text, audio, vision, labels, id) and MMSA's (split -> text, audio, vision,
 regression_labels, id, audio_lengths, ...); splits are train, valid, test. Or folders of feature files, one .npy or one
@@ -17,9 +17,11 @@ folder of .npy a clip, with Double-Flow's label file. A split in memory is one d
 Masks have one convention everywhere: `real` True = not padding; `present` True = the frame is there.
 """
 import argparse
+import contextlib
 import hashlib
 import io
 import math
+import os
 import pickle
 import re
 import sys
@@ -48,6 +50,8 @@ KNOWN = {"78e0f8b5ef8ff71558e7307848fc1fa929ecb078203f565ab22b9daab2e02524": "MM
          "ad8b23d50557045e7d47959ce6c5b955d8d983f2979c7d9b7b9226f6dd6fec1f": "MMSA's MOSEI/unaligned_50.pkl",
          "45eccfb748a87c80ecab9bfac29582e7b1466bf6605ff29d3b338a75120bf791": "MMSA's MOSEI/aligned_50.pkl"}
 SYNTHETIC = "SYNTHETIC stand-in, version 1"
+GLOVE = {"text": 300, "audio": 74, "vision": 35}        # widths of the papers' GloVe, COVAREP and Facet features
+FIELDS = (*STREAMS, SIMULATED, "labels", "regression_labels", "id", *(f"{m}_lengths" for m in STREAMS))
 CHUNK = 256             # clips handled at a time: bounds every temporary copy
 LARGE = 1 << 20         # bytes from which an array stays in the file until it is needed
 MAX_FRAMES = 1500       # of a training clip in feature folders; our choice
@@ -63,6 +67,38 @@ class DataError(Exception):
 
     def __str__(self) -> str:
         return _printable(super().__str__(), 600)
+
+
+@contextlib.contextmanager
+def told(what, advice: str):
+    """Whatever reading a file may raise becomes one sentence: a damaged one can raise anything."""
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{what} does not exist.") from None
+    except OSError as error:
+        raise DataError(f"{what} cannot be read: {error.strerror or error}.") from None
+    except Exception as error:
+        known = isinstance(error, (pickle.UnpicklingError, EOFError))
+        said = " ".join(str(error).split()).rstrip(".") if known else type(error).__name__
+        raise DataError(f"{what} is refused: {said}. {advice}") from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A file to write, which takes the place of `path` once it is whole: a reader never sees half of it."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+        os.replace(beside, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}. Mend that, then run the command again.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 # ---------------------------------------------------------------------------------- reading pickles
@@ -193,67 +229,42 @@ class _Unpickler(pickle._Unpickler):
         return b""
 
 
-def _size(value, depth: int = 0) -> int:
-    """How many values nested lists hold, written out. A list that holds one other many times is small in a file and
-    endless when it is walked through, so each is counted once a level, and refused where it goes too deep."""
-    if not isinstance(value, (list, tuple)):
-        return 1
-    if depth == 5:
-        raise pickle.UnpicklingError("it nests lists deeper than any data set does")
-    once, total = {}, 1
-    for item in value:
-        if id(item) not in once:
-            once[id(item)] = _size(item, depth + 1)
-        total += once[id(item)]
-    return total
-
-
-def _plain(value):
-    """An array, or nested lists of arrays and values, without the reader's wrappers."""
+def _plain(value, room: int, depth: int = 0):
+    """An array, a value, or nested lists of these, without the reader's wrappers. A list that holds one other many times
+    is small in a file and endless when it is written out: `room` is how many values may come of it."""
     if isinstance(value, _Array):
         if value.value is None:
             raise pickle.UnpicklingError("it holds an array without data")
         return value.value
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _field(name, value, size: int):
-    """A field of a split, checked; size: the file's, in bytes."""
-    if not isinstance(name, str) or not re.fullmatch(r"[\w. -]{1,64}", name):
-        raise pickle.UnpicklingError("a field's name is no short word")
-    if _size(value) > max(size, 1000):
-        raise pickle.UnpicklingError(f"'{name}' holds more values than the file has bytes")
-    return _plain(value)
+    if not isinstance(value, (list, tuple)):
+        return value
+    if len(value) > room or depth == 5:
+        raise pickle.UnpicklingError("it holds lists of more values than it has bytes, or deeper than any data set's")
+    return [_plain(v, room // len(value), depth + 1) for v in value]
 
 
 def read_pickle(path: Path) -> dict:
-    """split -> field -> array or list, for the splits train, valid and test. Runs nothing in the file."""
-    try:
-        with open(path, "rb") as file:
-            source = _File(file, path.stat().st_size, path)
-            content = _Unpickler(source).load()
-            if file.tell() != source.size:
-                raise pickle.UnpicklingError(f"{source.size - file.tell()} bytes follow where it should end")
+    """split -> field -> array or list, for the splits train, valid and test and the fields that are used, and whether
+    the file is marked as "SYNTHETIC". Runs nothing in the file."""
+    with told(path, "Download it again from where the README says."), open(path, "rb") as file:
+        source = _File(file, path.stat().st_size, path)
+        content = _Unpickler(source).load()
+        if file.tell() != source.size:
+            raise pickle.UnpicklingError(f"{source.size - file.tell()} bytes follow where it should end")
         if isinstance(content, dict) and all(isinstance(content.get(s), dict) for s in SPLITS):
-            return {s: {str(k): _field(k, v, source.size) for k, v in content[s].items()} for s in SPLITS}
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except Exception as error:  # a damaged pickle can raise anything
-        told = isinstance(error, (pickle.UnpicklingError, EOFError))
-        said = " ".join(str(error).split()).rstrip(".") if told else type(error).__name__
-        raise DataError(f"{path} is refused: {said}. Download it again from where the README says.") from None
+            used = {s: {k: content[s][k] for k in FIELDS if k in content[s]} for s in SPLITS}
+            return {**{s: {k: _plain(v, max(source.size, 1000)) for k, v in used[s].items()} for s in SPLITS},
+                    "SYNTHETIC": "SYNTHETIC" in content}
     held = f"a {type(content).__name__}"
     if isinstance(content, dict):
         held += " of " + ", ".join(k[:40] if isinstance(k, str) else type(k).__name__ for k in list(content)[:8])
     raise DataError(f"{path} holds {held}; expected a dict of train, valid and test, each a dict of arrays.")
 
 
-def find(dataset: str, data_dir: str | Path) -> Path:
+def find(dataset: str | None, data_dir: str | Path) -> Path:
     """The data set's file: data_dir itself if it is a file, else the first known name in it, aligned first."""
     root = Path(data_dir)
-    if root.is_file():
+    if root.is_file() or dataset is None:
         return root
     folders = [root, *(root / name / sub for name in (dataset.upper(), dataset) for sub in (".", "Processed"))]
     for path in (folder / name for name in FILES[dataset] for folder in folders):
@@ -264,18 +275,11 @@ def find(dataset: str, data_dir: str | Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------- splits in memory
-
-def _count(field) -> int:
-    return len(field) if isinstance(field, list) or getattr(field, "ndim", 0) else 0
-
 
 def _rows(array: np.ndarray, start: int, stop: int) -> np.ndarray:
     """array[start:stop]; of a large array in the file a fresh map of these rows alone, so that pages do not pile up."""
@@ -290,30 +294,23 @@ def _stream(fields: dict, name: str, where: str, ids: list, count: int) -> tuple
     -inf in audio becomes 0, as in MulT's reader."""
     if name not in fields:
         raise DataError(f"{where} has no '{name}', only {', '.join(fields)}.")
-    try:
-        array = np.asanyarray(fields[name])     # keeps a memory map what it is
-        if array.dtype.kind not in "fiub":
-            array = array.astype(np.float32)
-    except (ValueError, TypeError):
-        raise DataError(f"{where}: '{name}' is not an array of numbers of one shape.") from None
+    array = fields[name]
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+        raise DataError(f"{where}: '{name}' is not an array of numbers of one shape.")
     if array.ndim != 3 or 0 in array.shape:
         raise DataError(f"{where}: '{name}' has shape {array.shape}; expected (clips, frames, features).")
-    x, seen = torch.empty(count, *array.shape[1:]), torch.empty(count, array.shape[1], dtype=torch.bool)
-    minus, bad, first = 0, 0, None
+    x, seen, minus = torch.empty(count, *array.shape[1:]), torch.empty(count, array.shape[1], dtype=torch.bool), 0
     for i in range(0, count, CHUNK):
         with np.errstate(over="ignore"):
             part = torch.from_numpy(_rows(array, i, min(count, i + CHUNK)).astype(np.float32))
         if name == "audio":
             minus += int((part == -torch.inf).sum())
             part.masked_fill_(part == -torch.inf, 0)
-        wrong = ~part.isfinite()
-        if wrong.any():
-            first = i + int(wrong.flatten(1).any(1).nonzero()[0]) if first is None else first
-            bad += int(wrong.sum())
+        if not part.isfinite().all():
+            bad = i + int((~part.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise DataError(f"{where}: '{name}' holds values that are NaN, infinite or too large for float32, first in "
+                            f"clip {ids[bad] if ids else bad}. Repair the file or download it again.")
         x[i:i + CHUNK], seen[i:i + CHUNK] = part, (part != 0).any(-1)
-    if bad:
-        raise DataError(f"{where}: '{name}' has {bad} values that are NaN, infinite or too large for float32, first in "
-                        f"clip {ids[first] if ids else first}. Repair the file or download it again.")
     return x, seen, f"{array.dtype}" + (f", {minus} values of -inf read as 0" if minus else "")
 
 
@@ -346,9 +343,10 @@ def _ids(fields: dict) -> list[str]:
     """'a/b/c' of the non-empty parts of each id; ids come as strings, bytes, or rows of either."""
     def text(part):
         return part.decode("utf-8", "replace") if isinstance(part, bytes) else str(part)
-    rows = fields.get("id", []) if _count(fields.get("id")) else []
+    rows = fields.get("id", [])
+    rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
     return ["/".join(filter(None, map(text, row))) if isinstance(row, list) else text(row)
-            for row in (rows.tolist() if isinstance(rows, np.ndarray) else rows)]
+            for row in (rows if isinstance(rows, list) else [])]
 
 
 def _spans(seen: torch.Tensor, length) -> tuple[torch.Tensor, torch.Tensor]:
@@ -368,18 +366,19 @@ def _spans(seen: torch.Tensor, length) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def tensors(fields: dict, dataset: str, where: str, limit: int | None = None) -> dict:
-    """One split's arrays, checked and shifted to position 0, as the dict that the file's opening describes, and
-    "facts" for `check`: stream -> what the file held."""
+    """One split's arrays, checked and shifted to position 0, as the dict that the file's opening describes, with
+    "held" (stream -> what the file held) and "lacking" (the streams without a single frame that is not zero)."""
     label, ids = _labels(fields, dataset, where), _ids(fields)
-    sizes = {m: _count(fields[m]) for m in STREAMS if m in fields}
+    sizes = {m: len(fields[m]) for m in STREAMS if np.ndim(fields.get(m))}
     if {*sizes.values(), len(ids) or len(label)} - {len(label)}:
         raise DataError(f"{where}: {len(label)} labels, {len(ids)} ids and "
                         f"{', '.join(f'{n} clips of {m}' for m, n in sizes.items())} do not match.")
     count = min(len(label), limit or len(label))
-    split, seen, facts = {"label": label[:count], "id": ids[:count], "real": {}}, {}, {}
-    for m in (*STREAMS, *[SIMULATED] * (SIMULATED in fields)):
-        split[m], seen[m], facts[m] = _stream(fields, m, where, ids, count)
+    split, seen, held = {"label": label[:count], "id": ids[:count], "real": {}}, {}, {}
+    for m in (*STREAMS, *([SIMULATED] if SIMULATED in fields else [])):
+        split[m], seen[m], held[m] = _stream(fields, m, where, ids, count)
         fields[m] = None                                        # a stand-in's array is no longer needed
+    lacking = [m for m in STREAMS if not seen[m].any()]
     aligned = len({seen[m].shape[1] for m in STREAMS}) == 1
     if aligned:
         seen.update(dict.fromkeys(STREAMS, seen["text"] | seen["audio"] | seen["vision"]))
@@ -392,8 +391,8 @@ def tensors(fields: dict, dataset: str, where: str, limit: int | None = None) ->
             moved = part.gather(1, source.clamp(max=len(frames) - 1)[..., None].expand_as(part))
             part.copy_(moved * split["real"][m][i:i + CHUNK, :, None])
         front, behind = int((start > 0).sum()), int(((stop > 0) & (stop < len(frames))).sum())
-        facts[m] += f", zero padding {'in front' if front > behind else 'behind' if behind else 'nowhere'}"
-    return {**split, "facts": facts}
+        held[m] += f", zero padding {'in front' if front > behind else 'behind' if behind else 'nowhere'}"
+    return {**split, "held": held, "lacking": lacking}
 
 
 def streams(split: dict) -> list[str]:
@@ -492,30 +491,21 @@ class Frames:
 def read_labels(path: Path) -> dict:
     """split -> (ids, sentiment (N,)) of Double-Flow's label file: an .npz of train_corpus, val_corpus and test_corpus,
     each a pickled dict clip -> {"emo", "val"}. Read as every pickle here: nothing in it runs."""
-    result = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for split, name in zip(SPLITS, ("train_corpus.npy", "val_corpus.npy", "test_corpus.npy")):
-                if archive.getinfo(name).file_size > 1 << 28:
-                    raise pickle.UnpicklingError(f"{name} is too large for a list of labels")
-                raw = io.BytesIO(archive.read(name))
-                version = np.lib.format.read_magic(raw)
-                if version not in ((1, 0), (2, 0)):
-                    raise pickle.UnpicklingError(f"{name} is of an unknown version of numpy's format")
-                read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-                if not read(raw)[2].hasobject:
-                    raise pickle.UnpicklingError(f"{name} holds no dict")
-                corpus = _plain(_Unpickler(_File(raw, raw.getbuffer().nbytes)).load()).reshape(-1)[0]
-                values = np.array([float(np.reshape(_plain(fact["val"]), ())) for fact in corpus.values()], np.float32)
-                result[split] = list(map(str, corpus)), torch.from_numpy(values)
-    except FileNotFoundError:
-        raise DataError(f"--labels {path} does not exist.") from None
-    except OSError as error:
-        raise DataError(f"--labels {path} cannot be read: {error.strerror or error}.") from None
-    except Exception as error:  # a damaged file can raise anything
-        said = " ".join(str(error).split()) if isinstance(error, pickle.UnpicklingError) else type(error).__name__
-        raise DataError(f"--labels {path} is refused: {said}. Expected an .npz of train_corpus, val_corpus and "
-                        "test_corpus, each a dict clip -> {emo, val}.") from None
+    result, form = {}, "Expected an .npz of train_corpus, val_corpus and test_corpus, each a dict clip -> {emo, val}."
+    with told(f"--labels {path}", form), zipfile.ZipFile(path) as archive:
+        for split, name in zip(SPLITS, ("train_corpus.npy", "val_corpus.npy", "test_corpus.npy")):
+            if archive.getinfo(name).file_size > 1 << 28:
+                raise pickle.UnpicklingError(f"{name} is too large for a list of labels")
+            raw = io.BytesIO(archive.read(name))
+            version = np.lib.format.read_magic(raw)
+            if version not in ((1, 0), (2, 0)):
+                raise pickle.UnpicklingError(f"{name} is of an unknown version of numpy's format")
+            read = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
+            if not read(raw)[2].hasobject:
+                raise pickle.UnpicklingError(f"{name} holds no dict")
+            corpus = _plain(_Unpickler(_File(raw, raw.getbuffer().nbytes)).load(), 1).reshape(-1)[0]
+            values = np.array([float(np.reshape(_plain(fact["val"], 1), ())) for fact in corpus.values()], np.float32)
+            result[split] = list(map(str, corpus)), torch.from_numpy(values)
     for split, (ids, label) in result.items():
         if not ids or not (label.abs() <= 3).all():
             raise DataError(f"--labels {path}: {split} is empty, or a sentiment in it leaves the range [-3, 3].")
@@ -533,15 +523,12 @@ def folder(text: str) -> tuple[str, str]:
     return name, where
 
 
-def _feature_splits(features: dict, labels, splits, limit: int | None, max_frames: int) -> tuple[dict, dict]:
+def _feature_splits(features: dict, labels: Path, splits, limit: int | None, max_frames: int) -> tuple[dict, dict]:
     """The named splits over feature folders, and their source."""
     if lacking := [m for m in STREAMS if m not in features]:
         raise DataError(f"--features lacks {', '.join(lacking)}: give text=DIR audio=DIR vision=DIR, if you have it "
                         f"{SIMULATED}=DIR, and --labels FILE.")
-    if labels is None:
-        raise DataError("--features needs --labels FILE, Double-Flow's label_official.npz.")
-    corpus, result, said = read_labels(Path(labels)), {}, []
-    digest = hashlib.sha256(Path(labels).read_bytes())
+    corpus, result, said = read_labels(labels), {}, []
     for s in splits:
         ids, label = (part[:limit] for part in corpus[s])
         split = {m: Frames(m, Path(features[m]), ids) for m in (*STREAMS, SIMULATED) if m in features}
@@ -554,47 +541,52 @@ def _feature_splits(features: dict, labels, splits, limit: int | None, max_frame
         for frames in split.values():
             frames.keep(kept)
         real = {m: torch.arange(f.shape[1]) < f.length[:, None] for m, f in split.items()}
-        result[s] = {**split, "real": real, "label": label[kept], "id": [ids[i] for i in kept.tolist()], "facts": {}}
-    said += _shared({s: ids for s, (ids, _) in corpus.items()})
-    widths = {m: result[splits[0]][m].shape[2] for m in features}
-    digest.update(repr(sorted((m, Path(where).name, widths[m]) for m, where in features.items())).encode())
+        result[s] = {**split, "real": real, "label": label[kept], "id": [ids[i] for i in kept.tolist()], "lacking": []}
+    widths = sorted((m, Path(where).name, result[splits[0]][m].shape[2]) for m, where in features.items())
+    digest = hashlib.sha256(labels.read_bytes() + repr(widths).encode()).hexdigest()
     folders = " ".join(f"{m}={where}" for m, where in features.items())
-    return result, {"file": f"features {folders} labels={labels}", "sha256": digest.hexdigest(), "notes": said,
-                    "features": {m: str(d) for m, d in features.items()}, "labels": str(labels),
-                    "max_frames": max_frames}
+    return result, {"file": f"features {folders} labels={labels}", "sha256": digest, "synthetic": False,
+                    "sizes": [len(corpus[s][0]) for s in SPLITS],
+                    "notes": said + _shared({s: ids for s, (ids, _) in corpus.items()})}
 
 
-def load(dataset: str, data_dir: str | Path = "data", splits=("train", "valid"), device="cpu", normalize=True,
+def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "valid"), device="cpu", normalize=True,
          stats: dict | None = None, synthetic=False, limit: int | None = None, features: dict | None = None,
          labels: str | Path | None = None, max_frames: int = MAX_FRAMES) -> dict:
-    """The named splits, plus "dims" (stream -> width), "aligned" (whether all streams have the same number of frames),
-    "stats" (None without normalisation) and "source": what the data is. `stats` of an earlier load replace the training
-    split's own; `limit` keeps each split's first clips. The other splits' features are not read. Memory peaks a little
-    above the float32 size of the features. With `features` (stream -> folder) and `labels`, clips are read from feature
-    files batch by batch, as they are: normalize must be off."""
+    """The named splits, plus "dataset", "dims" (stream -> width), "aligned" (whether all streams have the same number
+    of frames), "lacking" (streams without a single frame in these splits), "stats" (None without normalisation) and
+    "source": what the data is, and the arguments that load it again. `dataset` None: told from the file, for a look at
+    it. `stats` of an earlier load replace the training split's own; `limit` keeps each split's first clips. The other
+    splits' features are not read. Memory peaks a little above the float32 size of the features. With `features`
+    (stream -> folder) and `labels`, clips are read from feature files batch by batch, as they are: normalize must be
+    off."""
     if features:
-        if normalize or dataset == "iemocap":
-            raise DataError("--features holds sentiment clips that are used as they are: mosi or mosei, without "
-                            "--normalize.")
-        result, source = _feature_splits(features, labels, splits, limit, max_frames)
+        if normalize or dataset == "iemocap" or labels is None:
+            raise DataError("--features needs --labels FILE, Double-Flow's label_official.npz, and holds sentiment "
+                            "clips that are used as they are: mosi or mosei, without --normalize.")
+        result, source = _feature_splits(features, Path(labels), splits, limit, max_frames)
+    elif synthetic:
+        fields = {s: stand_in(dataset, s) for s in splits}
+        source = {"file": SYNTHETIC, "sha256": None, "synthetic": True, "sizes": list(SIZES[dataset]), "notes": []}
     else:
-        if synthetic:
-            fields = {s: stand_in(dataset, s) for s in splits}
-            source = {"file": SYNTHETIC, "sha256": None, "notes": []}
-        else:
-            path = find(dataset, data_dir)
-            fields = read_pickle(path)
-            source = {"file": str(path), "sha256": sha256(path), "notes": notes(fields, dataset)}
+        data_dir = find(dataset, data_dir)
+        fields = read_pickle(data_dir)
+        sizes = [len(v) if np.ndim(v := fields[s].get("text")) else 0 for s in SPLITS]
+        dataset = dataset or next((d for d, known in SIZES.items() if [*known] == sizes), None) or (
+            "iemocap" if np.shape(fields["train"].get("labels", ()))[1:2] == (4,) else "mosi")
+        source = {"file": str(data_dir), "sha256": sha256(data_dir), "synthetic": fields["SYNTHETIC"], "sizes": sizes,
+                  "layout": "MMSA" if "regression_labels" in fields["train"] else "MulT",
+                  "notes": _shared({s: _ids(fields[s]) for s in SPLITS})}
+    if not features:
         result = {s: tensors(fields.pop(s), dataset, f"{source['file']}, split {s}", limit) for s in splits}
+    source["arguments"] = {"data_dir": str(data_dir), "synthetic": synthetic, "features": features,
+                           "labels": labels and str(labels), "max_frames": max_frames}
     dims = {m: result[splits[0]][m].shape[2] for m in streams(result[splits[0]])}
     if any(dims != {m: result[s][m].shape[2] for m in streams(result[s])} for s in splits):
         raise DataError(f"{source['file']}: the splits differ in feature width.")
     if dims.get(SIMULATED, dims["text"]) != dims["text"]:
         raise DataError(f"{source['file']}: simulated_text has {dims[SIMULATED]} features, text {dims['text']}; they "
                         "must be the same.")
-    if {m: dims[m] for m in STREAMS} != _WIDTHS:
-        source["notes"].append(" / ".join(str(dims[m]) for m in STREAMS) + " features of text / audio / vision: "
-                               "not the papers' GloVe 300 / COVAREP 74 / Facet 35")
     if normalize:
         stats = stats or statistics(result["train"])
         for s in splits:
@@ -602,7 +594,9 @@ def load(dataset: str, data_dir: str | Path = "data", splits=("train", "valid"),
     for s in splits:
         result[s].update({k: result[s][k].to(device) for k in (*streams(result[s]), "label")})
     aligned = not features and all(len({result[s][m].shape[1] for m in STREAMS}) == 1 for s in splits)
-    return {**result, "dims": dims, "aligned": aligned, "stats": stats if normalize else None, "source": source}
+    lacking = [m for m in STREAMS if all(m in result[s]["lacking"] for s in splits)]
+    return {**result, "dataset": dataset, "dims": dims, "aligned": aligned, "lacking": lacking,
+            "stats": stats if normalize else None, "source": source}
 
 
 def _shared(ids: dict[str, list[str]]) -> list[str]:
@@ -619,13 +613,19 @@ def _shared(ids: dict[str, list[str]]) -> list[str]:
     return said
 
 
-def notes(fields: dict, dataset: str) -> list[str]:
-    """What a careful reader of a table would want to know about this file."""
-    said, sizes = [], tuple(_count(fields[s].get("text")) for s in SPLITS)
-    if sizes != SIZES[dataset]:
-        said.append(f"{'/'.join(map(str, sizes))} clips: not the standard split of {dataset} "
-                    f"({'/'.join(map(str, SIZES[dataset]))})")
-    return said + _shared({s: _ids(fields[s]) for s in SPLITS})
+def comparison(dataset: str, dims: dict, source: dict, widths: dict) -> tuple[bool, str]:
+    """Whether numbers on this data may stand beside a paper's, which are of features of these widths; and what is to be
+    said of that, if anything."""
+    why = ["the data is SYNTHETIC"] if source["synthetic"] else []
+    if tuple(source["sizes"]) != SIZES[dataset]:
+        why.append(f"{'/'.join(map(str, source['sizes']))} clips are not the standard splits of {dataset} "
+                   f"({'/'.join(map(str, SIZES[dataset]))})")
+    if dims["text"] != widths["text"]:
+        why.append(f"text is {dims['text']} wide, not {widths['text']}" + " (BERT's width)" * (dims["text"] == 768))
+    if why:
+        return False, "nothing is compared with the paper: " + "; ".join(why)
+    other = ", ".join(f"{m} {dims[m]} wide, not {w}" for m, w in widths.items() if dims[m] != w)
+    return True, other and f"the paper's features are others: {other}"
 
 
 # ---------------------------------------------------------------------------------- missing frames and streams
@@ -661,6 +661,11 @@ def evaluation_masks(real: dict, condition: str | float, split: str, seed: int =
     return {m: drop(real[m], condition, generator) for m in STREAMS}
 
 
+def answerable(sets, lacking: list[str]) -> list[str]:
+    """Those of the sets ("l" ... "lav") that name no stream which the data lacks; {l,a,v} is all that there is."""
+    return [c for c in sets if c == "lav" or not set(SETS[c]) & set(lacking)]
+
+
 def realised(present: dict, real: dict) -> dict:
     """stream -> the share of its real frames that is gone; None for a stream that has none."""
     return {m: 1 - present[m].sum().item() / real[m].sum().item() if real[m].any() else None for m in STREAMS}
@@ -676,8 +681,8 @@ def batches(real: dict, index: torch.Tensor, size: int, generator: torch.Generat
     return [groups[i] for i in torch.randperm(len(groups), generator=generator)]
 
 
-def take(split: dict, m: str, index: torch.Tensor, longest: int) -> torch.Tensor:
-    """Stream m of these clips, cut to `longest` frames."""
+def gather(split: dict, m: str, index: torch.Tensor, longest: int) -> torch.Tensor:
+    """Stream m of these clips, cut to `longest` frames, on the device."""
     x = split[m]
     return x.rows(index, longest) if isinstance(x, Frames) else x[:, :longest][index.to(x.device)]
 
@@ -686,7 +691,7 @@ def batch(split: dict, index: torch.Tensor) -> tuple[dict, dict]:
     """The clips of `index` cut to their longest: streams on the device, real on the CPU."""
     real = {m: split["real"][m][index] for m in streams(split)}
     longest = {m: max(1, int(r.sum(1).max())) for m, r in real.items()}
-    return ({m: take(split, m, index, longest[m]) for m in real}, {m: r[:, :longest[m]] for m, r in real.items()})
+    return ({m: gather(split, m, index, longest[m]) for m in real}, {m: r[:, :longest[m]] for m, r in real.items()})
 
 
 # ---------------------------------------------------------------------------------- the synthetic stand-in
@@ -696,7 +701,6 @@ def batch(split: dict, index: torch.Tensor) -> tuple[dict, dict]:
 _LABELS = {"mosi": ((.25, 1.62, .04), (.33, 1.78, .05), (-.34, 1.72, .04)), "mosei": ((.25, 1.15, .22),) * 3,
            "iemocap": ((.36, .25, .20, .19), (.36, .25, .20, .19), (.409, .144, .206, .241))}
 _LENGTHS = {"mosi": (50, 11, .64), "mosei": (50, 19, .6), "iemocap": (20, 12, .5)}
-_WIDTHS = {"text": 300, "audio": 74, "vision": 35}
 _STRENGTH = {"text": 2.0, "audio": .65, "vision": .5}
 
 
@@ -722,10 +726,10 @@ def stand_in(dataset: str, split: str, seed: int = 0) -> dict:
     fields = {"labels": labels}
     for m in STREAMS:
         shared = np.random.default_rng([seed, zlib.crc32(f"{dataset}/{m}".encode())])      # the same in all splits
-        mix, scale = shared.standard_normal((12, _WIDTHS[m])), 10 ** shared.uniform(-1, 1, _WIDTHS[m])
-        offset = scale * shared.standard_normal(_WIDTHS[m])
+        mix, scale = shared.standard_normal((12, GLOVE[m])), 10 ** shared.uniform(-1, 1, GLOVE[m])
+        offset = scale * shared.standard_normal(GLOVE[m])
         told = _STRENGTH[m] * signal + rng.standard_normal(signal.shape)
-        x = np.zeros((n, longest, _WIDTHS[m]), np.float32)
+        x = np.zeros((n, longest, GLOVE[m]), np.float32)
         for i in range(0, n, CHUNK):
             here = length[i:i + CHUNK, None]
             factors = rng.standard_normal((len(here), longest, 12)).astype(np.float32)
@@ -744,44 +748,29 @@ def stand_in(dataset: str, split: str, seed: int = 0) -> dict:
 
 # ---------------------------------------------------------------------------------- command line
 
-def serves(widths: dict, sizes: tuple) -> list[str]:
-    """Which paper's tables a pickle of these feature widths and split sizes can be compared with, and which not."""
-    other = [f"{m} {widths[m]}, not {w}" + ", BERT's width" * (m == "text" and widths[m] == 768)
-             for m, w in _WIDTHS.items() if widths[m] != w]
-    other += ["not a standard split"] * (sizes not in SIZES.values())
-    made = "comes from the file" if SIMULATED in widths else "is learned from the audio"
-    return ["CorrKD, UMDF: " + (f"not the papers' features ({'; '.join(other)}): it trains, but compares with no table"
-                                if other else "widths and splits of the papers"),
-            "Double-Flow: not its paper's features, which are folders and no pickle: it trains, but compares with no "
-            f"table; simulated text {made}"]
-
-
 def check(path: Path) -> None:
     """Print what one file is; raises DataError on what is wrong with it."""
-    fields, digest = read_pickle(path), sha256(path)
-    train = fields["train"]
-    emotions = np.shape(train.get("labels", ()))[1:2] == (4,)
-    sizes = tuple(_count(fields[s].get("text")) for s in SPLITS)
-    dataset = next((d for d in SIZES if SIZES[d] == sizes), "iemocap" if emotions else "mosi")
-    print(f"{path}\n  layout {'MMSA' if 'regression_labels' in train else 'MulT'}, "
-          f"labels: {'emotions' if emotions else 'sentiment'}\n"
-          f"  SHA-256 {digest}: {KNOWN.get(digest, 'not one of the files whose hash the README lists')}")
-    said = notes(fields, dataset)
+    loaded = load(None, path, SPLITS, normalize=False)
+    source, emotions = loaded["source"], loaded["dataset"] == "iemocap"
+    print(f"{path}\n  layout {source['layout']}, labels: {'emotions' if emotions else 'sentiment'}"
+          + (f", {SYNTHETIC}" if source["synthetic"] else "") + f"\n  SHA-256 {source['sha256']}: "
+          f"{KNOWN.get(source['sha256'], 'not one of the files whose hash the README lists')}")
     for s in SPLITS:
-        split = tensors(fields[s], dataset, f"{path}, split {s}")
-        y = split["label"]
+        split, y = loaded[s], loaded[s]["label"]
         print(f"  {s}: {len(y)} clips")
-        for m in STREAMS:
+        for m in streams(split):
             n = split["real"][m].sum(1).float()
-            print(f"    {m:6s} {tuple(split[m].shape)} {split['facts'][m]}; real frames: mean {n.mean():.1f}, median "
+            print(f"    {m:6s} {tuple(split[m].shape)} {split['held'][m]}; real frames: mean {n.mean():.1f}, median "
                   f"{n.median():.0f}, most {n.max():.0f}, clips without any: {int((n == 0).sum())}")
         print("    labels " + (
-            ", ".join(f"{e} {100 * share:.1f} %" for e, share in zip(EMOTIONS, y.mean(0))) if dataset == "iemocap" else
+            ", ".join(f"{e} {100 * share:.1f} %" for e, share in zip(EMOTIONS, y.mean(0))) if emotions else
             f"{y.min():.1f} to {y.max():.1f}, mean {y.mean():.2f}, std {y.std():.2f}, "
             f"{100 * (y > 0).float().mean():.1f} % positive, {100 * (y == 0).float().mean():.1f} % zero"))
-    for line in serves({m: split[m].shape[2] for m in streams(split)}, sizes):
-        print(f"  {line}")
-    for note in said:
+    compared, said = comparison(loaded["dataset"], loaded["dims"], source, GLOVE)
+    print(f"  CorrKD, UMDF: {said or 'the features and splits of the papers'}")
+    print("  Double-Flow: trains on this file; its paper's features are folders, so nothing is compared with it; "
+          f"simulated text {'comes from the file' if SIMULATED in loaded['dims'] else 'is learned from the audio'}")
+    for note in source["notes"] + [f"no {m} in this file" for m in loaded["lacking"]]:
         print(f"  note: {note}")
 
 
@@ -806,13 +795,8 @@ def main(argv=None) -> int:
             if path.exists():
                 raise DataError(f"{path} exists already; it is left as it is. Name another folder, or remove it.")
             args.out.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(".tmp")
-            try:
-                with open(beside, "wb") as file:
-                    pickle.dump({s: stand_in(args.dataset, s) for s in SPLITS}, file, protocol=4)
-                beside.replace(path)
-            finally:
-                beside.unlink(missing_ok=True)
+            with replacing(path) as file:
+                pickle.dump({**{s: stand_in(args.dataset, s) for s in SPLITS}, "SYNTHETIC": SYNTHETIC}, file, protocol=4)
             print(f"wrote {path}: {SYNTHETIC}, not {args.dataset}")
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -60,7 +60,7 @@ ORDER = ("audio", "text", "vision")         # in which the network joins its mod
 TASKS = {"mosi": "regression", "mosei": "regression", "iemocap": "emotions"}
 OUTPUTS = {"regression": 1, "emotions": 8}  # one score, or four yes/no decisions of two logits
 TABLE = {"lav": "complete", "av": "text missing"}       # the paper's two columns, and their sets of streams
-SELECTION = tuple(TABLE)                    # a checkpoint is chosen on both flows
+FEATURES = {"text": 4096, "audio": 1024, "vision": 1024}        # widths of the features that REPORTED is of
 
 
 @dataclass
@@ -79,6 +79,7 @@ class Config:
     w5: float = 0.13
     w6: float = 0.5             # a loss of weight 0 is not computed
     clip: float = 0.0           # largest gradient norm; 0: not clipped
+    aligned: bool = True        # whether streams are aligned; makes no difference to this method
 
 
 PAPER = {
@@ -228,7 +229,11 @@ def stack(first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | No
 
 class DoubleFlow(nn.Module):
     """dims: feature width of text, audio and vision, and of simulated_text where the data carries it. task:
-    "regression" (one score) or "emotions" (four yes/no decisions)."""
+    "regression" (one score) or "emotions" (four yes/no decisions). There is one stage; its best epoch is chosen on the
+    sets beside its name, one for each flow."""
+
+    stages = {"train": tuple(TABLE)}
+    sees_missing, has_teacher, encode = False, False, None      # its own missing flow; one network; streams interact
 
     def __init__(self, dims: dict[str, int], task: str, config: Config | None = None):
         super().__init__()
@@ -255,6 +260,15 @@ class DoubleFlow(nn.Module):
             del self.imagine
         if "simulated_text" not in dims:
             self.simulate = nn.Linear(dims["audio"], dims["text"])
+
+    def begin(self, stage: str) -> None:
+        """There is one stage, in which everything learns."""
+        if stage not in self.stages:
+            raise ValueError(f"no stage {stage!r}: this model has {', '.join(self.stages)}")
+
+    def teacher_outputs(self, complete: dict[str, Tensor], real: dict[str, Tensor] | None = None) -> tuple:
+        """Nothing: no frozen teacher."""
+        return ()
 
     def refine(self, level: int, streams: dict[str, Tensor], missing: Tensor) -> dict[str, Tensor]:
         """MIA, (4) and (10): streams m -> (B, ...), of which the text is refined where missing (B,) is True."""
@@ -285,14 +299,20 @@ class DoubleFlow(nn.Module):
         c = self.refine(1, c, missing)                                                              # (10)
         g = sum(w[:, i, None, None] * c[m] for i, m in enumerate(ORDER))                            # (11) (B, 7, 128)
         h_star = (self.cross_weights(g.flatten(1))[..., None] * g).sum(1)
-        y = self.head(h_star)                                                                       # (12)
-        return {"prediction": y if self.task == "regression" else y.unflatten(-1, (-1, 2)), "h": h_star,
-                "g": self.contrast(h_star), "q_text": q["text"], "c_text": c["text"]}
+        return {"prediction": self.classify(h_star), "h": h_star, "g": self.contrast(h_star),       # (12)
+                "q_text": q["text"], "c_text": c["text"]}
+
+    def classify(self, h: Tensor) -> Tensor:
+        """h* (B, 128) -> sentiment (B, 1) or logits (B, 4, 2), (12)."""
+        y = self.head(h)
+        return y if self.task == "regression" else y.unflatten(-1, (-1, 2))
 
     def simulated(self, streams: dict[str, Tensor], real: dict[str, Tensor] | None) -> tuple[Tensor, Tensor | None]:
         """Simulated text (B, T, d_text) and its real mask: what the data carries, or made from the audio as it stands.
         Carried text is zeros where no audio frame is left: there was nothing to simulate it from."""
         if "simulated_text" not in streams:
+            if not hasattr(self, "simulate"):
+                raise ValueError("this model was built for data with simulated_text: pass it, or leave it out of dims")
             return self.simulate(streams["audio"]), real and real["audio"]
         heard = (streams["audio"] != 0).flatten(1).any(1)
         return streams["simulated_text"] * heard[:, None, None], real and real["simulated_text"]
@@ -302,23 +322,26 @@ class DoubleFlow(nn.Module):
         """Sentiment (B, 1) or logits (B, 4, 2). A clip whose text stream is all zeros takes the missing flow, every
         other one the complete flow. Streams (B, T_m, d_m); real: m -> (B, T_m) bool, True = not padding, or None.
         simulated_text (B, T, d_text) is asked for if the model was built with its width."""
-        if simulated_text is None and not hasattr(self, "simulate"):
-            raise ValueError("this model was built for data with simulated_text: pass it, or leave it out of dims")
-        missing = ~(text != 0).flatten(1).any(1)
         streams = {"text": text, "audio": audio, "vision": vision}
         given = streams if simulated_text is None else {**streams, "simulated_text": simulated_text}
-        either, either_real = stack((text, real and real["text"]), self.simulated(given, real))
-        row = torch.arange(len(text), device=text.device) + len(text) * missing
+        return self.classify(self.represent(given, real))
+
+    def represent(self, streams: dict[str, Tensor], real: dict[str, Tensor] | None = None) -> Tensor:
+        """h* (B, 128) of (11), each clip through the flow that its text asks for."""
+        text, n = streams["text"], len(streams["text"])
+        missing = ~(text != 0).flatten(1).any(1)
+        either, either_real = stack((text, real and real["text"]), self.simulated(streams, real))
+        row = torch.arange(n, device=text.device) + n * missing
         masks = {**(real or dict.fromkeys(STREAMS)), "text": either_real[row]}
-        return self.flow(either[row], audio, vision, missing, masks)["prediction"]
+        return self.flow(either[row], streams["audio"], streams["vision"], missing, masks)["h"]
 
     def losses(self, complete: dict[str, Tensor], missing: dict[str, Tensor] | None, target: Tensor,
-               real: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+               real: dict[str, Tensor] | None = None, teacher: tuple | None = None) -> dict[str, Tensor]:
         """The loss terms, unweighted, and their weighted sum "total" (14).
 
         complete: m -> (B, T_m, d_m), with "simulated_text" where the data carries it; target: sentiment (B,) for
-        regression, classes (B, 4) of 0 and 1 for emotions. missing, clips with dropped frames, is not used: the
-        method's own missing flow is the complete clip with its text replaced.
+        regression, classes (B, 4) of 0 and 1 for emotions. missing, clips with dropped frames, and teacher are not
+        used: the method's own missing flow is the complete clip with its text replaced.
         """
         c, n = self.config, len(target)
         text, text_real = stack((complete["text"], real and real["text"]), self.simulated(complete, real))
@@ -368,3 +391,6 @@ class DoubleFlow(nn.Module):
             raise ValueError(f"not the weights of this network: {'; '.join(wrong[:3])}"
                              + f" and {len(wrong) - 3} more" * (len(wrong) > 3))
         self.load_state_dict(state)
+
+
+Model = DoubleFlow

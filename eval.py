@@ -1,19 +1,18 @@
 """Evaluate trained runs under missing modalities and print the papers' tables.
 
-    python eval.py runs/corrkd-mosi-*                       seven available sets, then frame dropping p = 0.0 ... 1.0
-    python eval.py runs/corrkd-mosi-* --protocol combos --format markdown --json table.json
-    python eval.py runs/*-mosi-* --reference corrkd         several methods and ablations: one table a data set
+    python eval.py runs/mosi/corrkd                     seven available sets, then frame dropping p = 0.0 ... 1.0
+    python eval.py runs/mosi/corrkd --protocol combos --format markdown --json table.json
+    python eval.py runs/mosi --reference corrkd         several methods and ablations: one table a data set
 
 Runs of the same method, data and ablation are averaged over their seeds. Each run folder gets a results.json, and all
 tables and curves are made from these files alone; --stored takes them as they are.
 """
 import argparse
 import csv
-import hashlib
-import inspect
+import importlib
 import io
 import json
-import os
+import pickle
 import statistics
 import sys
 import warnings
@@ -22,25 +21,38 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import ttest_rel
+from sklearn.linear_model import Ridge
 from sklearn.metrics import accuracy_score, auc, f1_score, mean_absolute_error
 
-import corrkd
 import data
-import double_flow
-import umdf
-from data import DataError
+from data import STREAMS, DataError
 
-METHODS = {"umdf": (umdf, umdf.UMDF), "corrkd": (corrkd, corrkd.CorrKD),
-           "double_flow": (double_flow, double_flow.DoubleFlow)}
-COLUMNS = ("l", "a", "v", "la", "lv", "av", "avg", "lav")
+METHODS = {name: importlib.import_module(name) for name in ("umdf", "corrkd", "double_flow")}
+# What a method file offers, and all that is asked of it here and in train.py. A fourth method is one file and its name.
+#   TASKS             data set -> "regression", "polarity" or "emotions"
+#   Config, PAPER     a dataclass with at least lr, weight_decay, batch_size, epochs, clip, aligned; data set -> Config
+#   ABLATIONS         name -> the fields of Config that it changes
+#   REPORTED          data set -> ablation ("" = the full method) -> metric -> column -> the paper's number
+#   FEATURES          stream -> the width of the features that REPORTED is of
+#   TABLE             column -> title where the paper's table is not that of the seven sets, else {}
+#   learning_rate_factor(epoch) -> what lr is multiplied by in epoch 0, 1, ...
+#   Model(dims, task, config), an nn.Module with
+#     stages                                    stage -> the sets of streams on which its best epoch is chosen
+#     begin(stage)                              before each stage, in the order of `stages`
+#     sees_missing, has_teacher                 whether this stage's losses read the missing copies, a frozen teacher
+#     teacher_outputs(complete, real)           -> tensors, a row a clip, constant in a stage that has_teacher; or None
+#     losses(complete, missing, target, real, teacher)      -> {term: scalar, "total": scalar}
+#     represent(streams, real), classify(h)     -> h (B, width); -> (B, 1), (B, 2) or (B, 4, 2); forward is both
+#     encode(name, stream, real)                -> (B, d), of which h is the three side by side; None if they interact
+FORMAT = 2              # of run folders: those of another one are refused
+COLUMNS = (*list(data.SETS)[:6], "avg", "lav")
 TITLES = {**{c: "{" + ",".join(c) + "}" for c in COLUMNS}, "avg": "Avg."}
 SHOWN = ("happy", "sad", "angry", "neutral")    # the papers' order of emotions
-MAIN = ("F1", "MAE", *(f"F1 {e}" for e in SHOWN))   # in every table; the others of a regression in that of the sets
+MAIN = ("F1", "MAE", *(f"F1 {e}" for e in SHOWN))   # in every table; the others of a regression where it stands alone
+STRENGTHS = (1e5, 1e4, 1e3, 1e2, 1e1, 1e0)      # of the ridge regression that is the linear baseline
+COPIES = 5              # randomly dropped copies of the training split that it is fitted on
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")     # Okabe and Ito
 MARKERS = "os^Dv<>P"
-UNITS = {"polarity": "weighted F1, %", "emotions": "weighted F1, %",
-         "regression": "weighted F1 and accuracies in %; F1 and Acc-2 without the clips of sentiment 0, has0 with them"}
 
 # ---------------------------------------------------------------------------------- predictions and metrics
 
@@ -102,7 +114,7 @@ def encode(model, m: str, split: dict, present: torch.Tensor, size: int) -> torc
     parts, order = [], length.argsort(stable=True)
     for index in order.split(size):
         cut = max(1, int(length[index[-1]]))
-        x = data.take(split, m, index, cut)
+        x = data.gather(split, m, index, cut)
         masks = [mask[index, :cut].to(x.device) for mask in (split["real"][m], present)]
         parts.append(model.encode(m, x * masks[1][..., None], masks[0]))
     return torch.cat(parts)[order.argsort().to(x.device)]
@@ -119,49 +131,50 @@ def encode_absent(model, m: str, split: dict, size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def predict(model, split: dict, conditions, name: str, mask_seed: int = 0, size: int = 256):
-    """For each condition (a set like "la", or a rate of dropped frames): outputs (N, ...) and the realised rates.
+def predict(model, split: dict, conditions, name: str, mask_seed: int = 0, size: int = 256, head=None):
+    """For each condition (a set like "la", or a rate of dropped frames): outputs (N, ...) and the realised rates. head:
+    what is done to the joint representation, if it is not model.classify.
 
-    A method with `encode` and `classify` treats its streams one by one: each is then encoded once present and
-    once absent, and the sets are put together from these.
+    A method with `encode` treats its streams one by one: each is then encoded once present and once absent, and the
+    sets are put together from these.
     """
     model.eval()
-    separate, known = hasattr(model, "encode"), inspect.signature(model.forward).parameters
-    if separate:
-        whole = {m: encode(model, m, split, split["real"][m], size) for m in data.STREAMS}
-        absent = {m: encode_absent(model, m, split, size) for m in data.STREAMS}
+    head = head or model.classify
+    if model.encode:
+        whole = {m: encode(model, m, split, split["real"][m], size) for m in STREAMS}
+        absent = {m: encode_absent(model, m, split, size) for m in STREAMS}
     for condition in conditions:
         present = data.evaluation_masks(split["real"], condition, name, mask_seed)
-        if separate:
+        if model.encode:
             parts = [whole[m] if torch.equal(present[m], split["real"][m]) else absent[m] if not present[m].any()
-                     else encode(model, m, split, present[m], size) for m in data.STREAMS]
-            output = model.classify(torch.cat(parts, dim=-1))
+                     else encode(model, m, split, present[m], size) for m in STREAMS]
+            output = head(torch.cat(parts, dim=-1))
         else:
-            outputs, order = [], sum(split["real"][m].sum(1) for m in data.STREAMS).argsort(stable=True)
+            outputs, order = [], sum(split["real"][m].sum(1) for m in STREAMS).argsort(stable=True)
             for index in order.split(size):
                 streams, real = data.batch(split, index)
                 real = {m: r.to(streams[m].device) for m, r in real.items()}
-                for m in data.STREAMS:
+                for m in STREAMS:
                     streams[m] = streams[m] * present[m][index, :streams[m].shape[1]].to(streams[m].device)[..., None]
-                outputs.append(model(**{m: x for m, x in streams.items() if m in known}, real=real))
+                outputs.append(head(model.represent(streams, real)))
             output = torch.cat(outputs)[order.argsort().to(outputs[0].device)]
         yield condition, output, data.realised(present, split["real"])
 
 
-def evaluate(model, task: str, split: dict, conditions, name: str, mask_seed: int = 0, size: int = 256) -> dict:
-    """condition -> {"n": clips that count, "realised": dropped shares, metric: value}."""
+def evaluate(model, task: str, split: dict, conditions, name: str, mask_seed: int = 0, size: int = 256,
+             clips: list | None = None) -> dict:
+    """condition -> {"n": clips that count, "realised": dropped shares, metric: value}. clips: a list that gets each
+    clip's answer, (condition, position in the split, truth, answer, probability of class 1 or None)."""
     index, truth = targets(split["label"], task)
     truth, result = truth.cpu().numpy(), {}
     for condition, output, rates in predict(model, split, conditions, name, mask_seed, size):
-        measured = metrics(task, answers(output[index], task), truth)
-        result[str(condition)] = {"n": len(truth), "realised": rates, **measured}
+        output = output[index]
+        answer = answers(output, task)
+        result[str(condition)] = {"n": len(truth), "realised": rates, **metrics(task, answer, truth)}
+        if clips is not None:
+            chance = [None] * len(truth) if task == "regression" else output.softmax(-1)[..., 1].tolist()
+            clips += zip([str(condition)] * len(truth), index.tolist(), truth.tolist(), answer.tolist(), chance)
     return result
-
-
-def averages(result: dict) -> dict:
-    """Adds "avg": each metric's mean over the six incomplete sets."""
-    names = [k for k in result["l"] if k not in ("n", "realised")]
-    return {**result, "avg": {k: statistics.fmean(result[c][k] for c in COLUMNS[:6]) for k in names}}
 
 
 def score(result: dict) -> float:
@@ -172,55 +185,104 @@ def score(result: dict) -> float:
     return statistics.fmean(v for c in result.values() for k, v in c.items() if k in MAIN)
 
 
+class Linear(torch.nn.Module):
+    """The linear baseline, evaluated like every model: the mean over the real frames of each stream (zeros where it is
+    absent; a dropped frame counts as the zeros that it is), side by side, times a matrix. weight (outputs, width),
+    bias (outputs,); an output is a sentiment, or the lead of class 1 in a decision."""
+
+    def __init__(self, task: str, weight: torch.Tensor, bias: torch.Tensor):
+        super().__init__()
+        self.task, self.weight, self.bias = task, weight, bias
+
+    def encode(self, name: str, stream: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        return stream.sum(1, dtype=torch.float64) / real.sum(1, keepdim=True).clamp(min=1)
+
+    def classify(self, h: torch.Tensor) -> torch.Tensor:
+        y = h @ self.weight.T + self.bias
+        y = y if self.task == "regression" else torch.stack((-y, y), -1)
+        return y[:, 0] if self.task == "polarity" else y
+
+
+def fit_linear(loaded: dict, task: str) -> dict | None:
+    """weight and bias of Linear: ridge regression on the sentiment, or on -1 and 1 for a decision, of randomly dropped
+    copies of the training split; its strength is the best on validation over the available sets. None for feature
+    folders. Fitted once, for all seeds and ablations."""
+    train, valid, generator = loaded["train"], loaded["valid"], torch.Generator().manual_seed(0)
+    known, sets = loaded.setdefault("linear", {}), data.answerable(data.SETS, loaded["lacking"])
+    if isinstance(train["text"], data.Frames) or task in known:
+        return known.get(task)
+    index, truth = targets(train["label"], task)
+    plain, copies = Linear(task, torch.empty(0), torch.empty(0)), []
+    for _ in range(COPIES):
+        present = data.training_masks(train["real"], generator)
+        copies.append(torch.cat([encode(plain, m, train, present[m], 256) for m in STREAMS], 1)[index].cpu().numpy())
+    x, y = np.concatenate(copies), truth.reshape(len(truth), -1).cpu().numpy()
+    y, best = np.tile(y if task == "regression" else 2 * y - 1, (COPIES, 1)), None
+    for strength in STRENGTHS:
+        fitted = Ridge(alpha=strength).fit(x, y)
+        parts = {"weight": torch.tensor(np.atleast_2d(fitted.coef_), device=truth.device),
+                 "bias": torch.tensor(fitted.intercept_, device=truth.device)}
+        reached = score(evaluate(Linear(task, **parts), task, valid, sets, "valid"))
+        if best is None or reached > best[0]:
+            best = reached, parts
+    known[task] = best[1]
+    return best[1]
+
+
 # ---------------------------------------------------------------------------------- runs
 
-def write(path: Path, content: str | bytes) -> None:
-    """Write beside and rename: a reader never sees half a file."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(beside, path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}. Mend that, then run the command again.") from None
-    finally:
-        try:
-            beside.unlink(missing_ok=True)
-        except OSError:
-            pass
+def run_record(method: str, dataset: str, ablation: str, seed, config, loaded: dict, train_label: torch.Tensor,
+               normalize: bool, limit: int | None) -> dict:
+    """What a run is: one dict, which stands as "run" in config.json, best.pt, last.pt and results.json."""
+    task = METHODS[method].TASKS[dataset]
+    return {"format": FORMAT, "method": method, "dataset": dataset, "task": task, "ablation": ablation, "seed": seed,
+            "limit": limit, "normalize": normalize, "dims": loaded["dims"], "lacking": loaded["lacking"],
+            "config": asdict(config), "constant": constant(targets(train_label, task)[1], task),
+            "data": loaded["source"]}
+
+
+def settings(run: dict) -> dict:
+    """A run record as one level, without what may differ between runs that are the same: where the data lies."""
+    run = json.loads(json.dumps(run))
+    source, config = run.pop("data"), run.pop("config")
+    return {**run, **config, "data file": source["sha256"] or source["file"]}
+
+
+def differences(one: dict, other: dict) -> list[str]:
+    """In what two run records differ."""
+    a, b = settings(one), settings(other)
+    return [k for k in {**a, **b} if a.get(k) != b.get(k)]
 
 
 def read_tensors(path: Path, device):
     """torch.load of tensors and plain values only."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")     # torch 2.1 warns of its own reader
-        return torch.load(path, map_location=device, weights_only=True)
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except pickle.UnpicklingError:
+            raise pickle.UnpicklingError("it holds more than tensors and plain values") from None
 
 
 def read_checkpoint(path: Path, device="cpu") -> dict:
     """A checkpoint of train.py, or a DataError that says what is wrong with it."""
-    try:
+    with data.told(path, "It is damaged or no checkpoint of this version of train.py: train again with --no-resume."):
         content = read_tensors(path, device)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: {path.parent} is no run folder, or not far enough trained.") from None
-    except Exception as error:  # a damaged file can raise anything
-        raise DataError(f"{path} is damaged or no checkpoint of train.py ({type(error).__name__}). "
-                        "Train again with --no-resume.") from None
-    kinds = {"method": str, "dataset": str, "task": str, "dims": dict, "config": dict, "data": dict, "model": dict}
-    if (not isinstance(content, dict) or not all(isinstance(content.get(k), kind) for k, kind in kinds.items())
-            or not {"limit", "normalize", "synthetic", "seed", "ablation", "constant"} <= content.keys()
-            or content["method"] not in METHODS or content["dataset"] not in data.SIZES):
-        raise DataError(f"{path} is no checkpoint of train.py: it does not name a method, its data and its settings.")
-    return content
+        run = content["run"]
+        METHODS[run["method"]].PAPER[run["dataset"]], settings(run), content["model"], run["task"], run["dims"]
+        if run["format"] != FORMAT:
+            raise ValueError
+        return content
 
 
 def build(checkpoint: dict, path: Path, device) -> torch.nn.Module:
     """The model of a checkpoint, ready to answer."""
-    module, Model = METHODS[checkpoint["method"]]
+    run, module = checkpoint["run"], METHODS[checkpoint["run"]["method"]]
     try:
-        model = Model(checkpoint["dims"], checkpoint["task"], module.Config(**checkpoint["config"])).to(device)
+        model = module.Model(run["dims"], run["task"], module.Config(**run["config"])).to(device)
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise DataError(f"{path} does not fit {module.__name__}.py, so it is of another version: "
+        raise DataError(f"{path} does not fit {run['method']}.py, so it is of another version: "
                         f"{str(error).splitlines()[0]} Train again.") from None
     return model.eval()
 
@@ -234,81 +296,84 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def conditions(args) -> list:
-    """The sets of streams and rates of dropped frames that are asked for."""
-    return list(data.SETS) * (args.protocol != "rates") + args.rates * (args.protocol != "combos")
+def conditions(args, lacking: list[str]) -> list:
+    """The sets of streams, but for those that the data cannot answer, and the rates of dropped frames that are asked
+    for."""
+    sets = data.answerable(data.SETS, lacking) if args.protocol != "rates" else []
+    return sets + (args.rates if args.protocol != "combos" else [])
 
 
-def measure(model, run: dict, loaded: dict, args) -> dict:
-    """The results of one model: what the run was, on which data, and the metrics of every condition."""
-    split, task = loaded[args.split], run["task"]
-    measured = evaluate(model, task, split, conditions(args), args.split, args.mask_seed, args.batch_size)
+def measure(model, linear: Linear | None, run: dict, loaded: dict, args, clips: list | None = None) -> dict:
+    """The results of one model and of the baselines: what the run was, on which data, the metrics of every condition."""
+    split, task, asked = loaded[args.split], run["task"], conditions(args, run["lacking"])
+    how = split, asked, args.split, args.mask_seed, args.batch_size
+    found = evaluate(model, task, *how, clips)
     truth = targets(split["label"], task)[1].cpu().numpy()
-    kept = ("method", "dataset", "task", "ablation", "synthetic", "seed", "epoch", "limit", "normalize", "config",
-            "dims", "checkpoint_sha256")
-    return {**{k: run[k] for k in kept}, "split": args.split, "mask_seed": args.mask_seed, "data": loaded["source"],
-            "trained_on": run["data"],
-            "constant": metrics(task, np.broadcast_to(np.array(run["constant"]), truth.shape), truth),
-            "conditions": measured}
+    always = metrics(task, np.broadcast_to(np.array(run["constant"]), truth.shape), truth)
+    return {"run": run, "split": args.split, "mask_seed": args.mask_seed, "data": loaded["source"], "conditions": found,
+            "constant": dict.fromkeys(found, always), "linear": evaluate(linear, task, *how) if linear else None}
 
 
 def open_run(folder: Path, args, device, cache: dict) -> tuple[dict, torch.nn.Module, dict]:
     """A run's checkpoint, its model, and the asked split as the run wants it."""
     path = folder / "best.pt"
-    run = read_checkpoint(path, device)
-    model, source = build(run, path, device), run["data"]
-    if "stats" not in run:
+    checkpoint = read_checkpoint(path, device)
+    model, run = build(checkpoint, path, device), checkpoint["run"]
+    if "linear" not in checkpoint:
         raise DataError(f"{path} is a checkpoint to go on training from: best.pt is the one to evaluate.")
-    where = args.data_dir or source["file"]
-    features = args.features or (None if args.data_dir else source.get("features"))
-    labels = args.labels or source.get("labels")
-    key = (run["dataset"], run["synthetic"], str(where), run["limit"], run["normalize"], source["sha256"],
-           str(features), str(labels))
+    where = dict(run["data"]["arguments"])
+    if args.data_dir:
+        where.update(data_dir=args.data_dir, synthetic=False, features=None, labels=None)
+    where.update({k: v for k, v in (("features", args.features), ("labels", args.labels)) if v})
+    key = json.dumps([run["dataset"], run["limit"], run["normalize"], run["data"]["sha256"], where], default=str)
     if key not in cache:
         cache.clear()       # runs come sorted, and one split may fill the memory
-        stats = run["stats"] and {m: tuple(t.cpu() for t in pair) for m, pair in run["stats"].items()}
-        cache[key] = data.load(run["dataset"], where, (args.split,), device, run["normalize"], stats, run["synthetic"],
-                               run["limit"], features, labels, source.get("max_frames", data.MAX_FRAMES))
+        stats = checkpoint["stats"] and {m: tuple(t.cpu() for t in pair) for m, pair in checkpoint["stats"].items()}
+        cache[key] = data.load(run["dataset"], splits=(args.split,), device=device, normalize=run["normalize"],
+                               stats=stats, limit=run["limit"], **where)
     loaded = cache[key]
     if loaded["dims"] != run["dims"]:
         raise DataError(f"{loaded['source']['file']} has widths {loaded['dims']}, {path} was trained on {run['dims']}.")
-    if run["config"].get("aligned") and not loaded["aligned"]:
+    if run["config"]["aligned"] and not loaded["aligned"]:
         raise DataError(f"{loaded['source']['file']} holds unaligned streams, {path} was trained on aligned ones.")
-    return run, model, loaded
+    return checkpoint, model, loaded
 
 
-def evaluate_run(folder: Path, args, device, cache: dict) -> dict:
-    """Measure one run on the asked split, write its results.json, and return what that says."""
-    run, model, loaded = open_run(folder, args, device, cache)
-    run["checkpoint_sha256"] = data.sha256(folder / "best.pt")
-    result, log = measure(model, run, loaded, args), folder / "log.jsonl"
+def evaluate_run(folder: Path, args, device, cache: dict, clips: list) -> dict:
+    """Measure one run on the asked split, write its results.json, and return what that says. clips gets a line for each
+    clip and condition."""
+    checkpoint, model, loaded = open_run(folder, args, device, cache)
+    run, log, answered = checkpoint["run"], folder / "log.jsonl", []
+    linear = checkpoint["linear"] and Linear(run["task"], **checkpoint["linear"])
+    result = {**measure(model, linear, run, loaded, args, answered), "epoch": checkpoint["epoch"], "epochs_run": None,
+              "checkpoint_sha256": data.sha256(folder / "best.pt")}
+    ids = loaded[args.split]["id"]
+    clips += [(folder, run["method"], run["ablation"], run["seed"], c, ids[i] if ids else i, *rest)
+              for c, i, *rest in answered]
     if log.exists():        # best.pt is of the last stage
-        try:
+        with data.told(log, "The same train.py command writes it again."):
             stages = [json.loads(line)["stage"] for line in log.read_text().splitlines()]
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{log} is damaged. The same train.py command writes it again.") from None
-        result["epochs_run"] = stages.count(stages[-1]) if stages else 0
-    write(folder / "results.json", json.dumps(result, indent=1))
-    return stored(folder, args)
+            result["epochs_run"] = stages.count(stages[-1])
+    with data.replacing(folder / "results.json") as file:
+        file.write(json.dumps(result, indent=1).encode())
+    return read_results(folder, args)
 
 
-def stored(folder: Path, args) -> dict:
+def read_results(folder: Path, args) -> dict:
     """A run's results.json, if it answers what is asked."""
     path = folder / "results.json"
-    try:
+    with data.told(path, "It is damaged or of another version: leave --stored out to evaluate the run."):
         result = json.loads(path.read_text())
-        asked = {"split": args.split, "mask_seed": args.mask_seed}
-        module = METHODS[result["method"]][0]
-        module.PAPER[result["dataset"]], module.Config(**result["config"])      # of this version
-        [result[k] for k in ("ablation", "synthetic", "limit", "normalize", "seed", "dims", "constant")]
-        result["data"]["sha256"], result["data"]["notes"], result["trained_on"]["sha256"], UNITS[result["task"]]
-        wrong = [f"{k} {result[k]}, not {v}" for k, v in asked.items() if result[k] != v]
-        wrong += [f"no condition {c}" for c in conditions(args) if str(c) not in result["conditions"]][:1]
-        if (folder / "best.pt").exists() and data.sha256(folder / "best.pt") != result["checkpoint_sha256"]:
-            wrong.append("another checkpoint than the best.pt beside it")
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{path} does not exist, is damaged or of another version. Leave --stored out to evaluate the "
-                        "run.") from None
+        run, module = result["run"], METHODS[result["run"]["method"]]
+        module.PAPER[run["dataset"]], module.Config(**run["config"]), settings(run), result["epochs_run"]
+        data.comparison(run["dataset"], run["dims"], result["data"], module.FEATURES)
+        wrong = [f"{k} {result[k]}, not {v}" for k, v in (("split", args.split), ("mask_seed", args.mask_seed))
+                 if result[k] != v]
+        wrong += [f"no condition {c}" for c in conditions(args, run["lacking"]) if str(c) not in result["conditions"]][:1]
+        if run["format"] != FORMAT:
+            wrong.append("another version's form")
+    if (folder / "best.pt").exists() and data.sha256(folder / "best.pt") != result["checkpoint_sha256"]:
+        wrong.append("another checkpoint than the best.pt beside it")
     if wrong:
         raise DataError(f"{path} has {', '.join(wrong)}. Leave --stored out to evaluate the run again.")
     return result
@@ -316,144 +381,143 @@ def stored(folder: Path, args) -> dict:
 
 def evaluate_official(args, device) -> dict:
     """Double-Flow's published checkpoint on its authors' features: MIA off, as in the official main file."""
+    module = METHODS["double_flow"]
     loaded = data.load("mosei", splits=(args.split,), device=device, normalize=False, features=args.features,
                        labels=args.labels)
-    config = double_flow.Config(mia="off")
-    model = double_flow.DoubleFlow(loaded["dims"], "regression", config).to(device)
-    try:
-        model.load_official(read_tensors(args.official, device))
-        digest = hashlib.sha256(args.official.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        raise DataError(f"--official {args.official} does not exist.") from None
-    except ValueError as error:
-        raise DataError(f"--official {args.official}: {error}.") from None
-    except Exception as error:  # a damaged file can raise anything
-        raise DataError(f"--official {args.official} is damaged or no checkpoint ({type(error).__name__}).") from None
-    train_label = data.read_labels(args.labels)["train"][1]
-    run = {"method": "double_flow", "dataset": "mosei", "task": "regression", "ablation": "", "synthetic": False,
-           "seed": f"of the published checkpoint {args.official.name}", "epoch": None, "limit": None,
-           "normalize": False, "config": asdict(config), "dims": loaded["dims"], "checkpoint_sha256": digest,
-           "data": loaded["source"], "constant": constant(train_label, "regression")}
-    return measure(model.eval(), run, loaded, args)
+    config, advice = module.Config(mia="off"), "It is damaged, or not the published checkpoint."
+    model = module.Model(loaded["dims"], "regression", config).to(device)
+    with data.told(f"--official {args.official}", advice):
+        content = read_tensors(args.official, device)
+        try:
+            model.load_official(content)
+        except ValueError as error:
+            raise DataError(f"--official {args.official}: {error}.") from None
+    run = run_record("double_flow", "mosei", "", f"of the published checkpoint {args.official.name}", config, loaded,
+                     data.read_labels(args.labels)["train"][1], False, None)
+    return {**measure(model.eval(), None, run, loaded, args), "epoch": None, "epochs_run": None,
+            "checkpoint_sha256": data.sha256(args.official)}
 
 
-# ---------------------------------------------------------------------------------- tables
-
-def summary(values: list[float]) -> dict:
-    """Mean, sample standard deviation (None for one run) and n."""
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None     # nan where a Corr is not defined
-    return {"mean": statistics.fmean(values), "std": std, "n": len(values)}
-
-
-def reported(runs: list[dict]) -> dict:
-    """The paper's own numbers for what these runs are: metric -> column -> number."""
-    return METHODS[runs[0]["method"]][0].REPORTED[runs[0]["dataset"]].get(runs[0]["ablation"], {})
-
-
-def table_of_sets(runs: list[dict]) -> dict:
-    """metric -> row ("ours", "paper", "difference", "constant") -> column -> number, or a summary for ours."""
-    tables = {}
-    for metric, constant in runs[0]["constant"].items():
-        ours = {c: summary([averages(r["conditions"])[c][metric] for r in runs]) for c in COLUMNS}
-        paper = {c: reported(runs).get(metric, {}).get(c) for c in COLUMNS}
-        compared = [c for c in COLUMNS if paper[c] is not None and not runs[0]["synthetic"]]
-        difference = {c: ours[c]["mean"] - paper[c] if c in compared else None for c in COLUMNS}
-        tables[metric] = {"ours": ours, "paper": paper, "difference": difference,
-                          "constant": dict.fromkeys(COLUMNS, constant)}
-    return tables
-
-
-def table_of_rates(runs: list[dict], rates: list[float]) -> dict:
-    """metric -> row ("ours", "paper", "constant", "realised") -> rate or "area" -> number or summary."""
-    gone = {str(p): runs[0]["conditions"][str(p)]["realised"].values() for p in rates}
-    real = {p: statistics.fmean([s for s in shares if s is not None] or [float("nan")]) for p, shares in gone.items()}
-    tables = {}
-    for metric, constant in ((k, v) for k, v in runs[0]["constant"].items() if k in MAIN):
-        curves = [[r["conditions"][str(p)][metric] for p in rates] for r in runs]
-        ours = {str(p): summary([c[i] for c in curves]) for i, p in enumerate(rates)}
-        if len(rates) > 1:      # mean height over the measured span
-            ours["area"] = summary([auc(rates, c) / (rates[-1] - rates[0]) for c in curves])
-        whole = reported(runs).get(metric, {}).get("lav")
-        tables[metric] = {"ours": ours, "paper": {str(p): None if p else whole for p in rates},
-                          "constant": dict.fromkeys(ours, constant), "realised": real}
-    return tables
-
-
-def paired(runs: list[dict], reference: list[dict], metric: str) -> float | None:
-    """p of the paired t-test, over the seeds that both have, that the Avg. is the same; None where nothing can be told:
-    fewer than two such seeds, or differences that are all the same."""
-    a, b = ({r["seed"]: averages(r["conditions"])["avg"][metric] for r in rs} for rs in (runs, reference))
-    pairs = [(a[s], b[s]) for s in a if s in b]
-    if len(pairs) < 2 or np.ptp([x - y for x, y in pairs]) == 0:
-        return None
-    return float(ttest_rel(*zip(*pairs)).pvalue)
-
+# ---------------------------------------------------------------------------------- the numbers of a table
 
 def names(groups: list) -> list[str]:
     """What each group of runs is called: method and ablation, and what else tells two of that name apart."""
-    def settings(r):
-        return {**r["config"], "normalize": r["normalize"]}
-    called = [" ".join(filter(None, (runs[0]["method"], runs[0]["ablation"]))) for runs, *_ in groups]
+    runs = [group[0]["run"] for group in groups]
+    called = [" ".join(filter(None, (run["method"], run["ablation"]))) for run in runs]
     result = []
-    for name, (runs, *_) in zip(called, groups):
-        same = [settings(rs[0]) for other, (rs, *_) in zip(called, groups) if other == name]
-        differ = [f"{k} {v}" for k, v in settings(runs[0]).items() if any(s.get(k) != v for s in same)]
-        result.append(name + f" [{', '.join(differ)}]" * bool(differ))
+    for name, run in zip(called, runs):
+        same = [other for other, theirs in zip(runs, called) if theirs == name]
+        differ = [f"{k} {settings(run).get(k)}" for k in dict.fromkeys(k for o in same for k in differences(run, o))
+                  if k not in ("seed", "data file")]
+        result.append(name + (f" [{', '.join(differ)}]" if differ else ""))
     return result
 
 
-def compare(groups: list, reference: str | None = None) -> tuple[dict, dict]:
-    """The tables of groups (runs, sets, rates) on the same data joined into one of sets and one of rates, metric -> row
-    -> column: for each group a row of its name, "... paper" and "... difference", then "constant" and "realised".
-    The Avg. of a group gets "p" against the reference, one of `names`, or else the full method of the same file."""
-    called, joined = names(groups), ({}, {})
-    if reference and reference not in called:
-        raise DataError(f"--reference {reference}: the runs are of {', '.join(called)}.")
-    for metric in dict.fromkeys(k for group in groups for k in {**group[1], **group[2]}):
-        for which, table in enumerate(joined, 1):
-            have = {name: group for name, group in zip(called, groups) if metric in group[which]}
-            rows, constants = {}, {}
-            for name, group in have.items():
-                ours, runs = {c: dict(v) for c, v in group[which][metric]["ours"].items()}, group[0]
-                against = reference or runs[0]["method"]
-                if "avg" in ours and against in have and against != name:
-                    ours["avg"].update(p=paired(runs, have[against][0], metric), reference=against)
-                rows[name] = ours
-                for row in ("paper", "difference"):
-                    if any(v is not None for v in group[which][metric].get(row, {}).values()):
-                        rows[f"{name} {row}"] = group[which][metric][row]
-                constants.setdefault(json.dumps(group[which][metric]["constant"]), []).append(runs[0]["method"])
-            for cells, of in constants.items():
-                rows["constant" + f" of {', '.join(dict.fromkeys(of))}" * (len(constants) > 1)] = json.loads(cells)
-            if have:
-                table[metric] = rows
-                if which == 2:
-                    rows["realised"] = next(iter(have.values()))[2][metric]["realised"]
-    return joined
+def compared(result: dict) -> tuple[bool, str]:
+    """Whether the paper's numbers may stand beside these; and what is to be said of that, if anything."""
+    run = result["run"]
+    if run["limit"]:
+        return False, f"nothing is compared with the paper: only the first {run['limit']} clips of each split"
+    return data.comparison(run["dataset"], run["dims"], result["data"], METHODS[run["method"]].FEATURES)
 
 
-def cell(value, digits: int, signed: bool = False) -> str:
-    if value is None:
+def measured(result: dict) -> list[str]:
+    """The metrics of a run's results."""
+    return list(next(iter(result["constant"].values())))
+
+
+def cells(table: str, found: dict, metric: str, rates=()) -> dict[str, float]:
+    """column -> number of one run or baseline, from its condition -> metrics. "avg": the mean over those of the six
+    incomplete sets that the data can answer; "area": the mean height of the curve over the span of the rates."""
+    if table == "sets":
+        row = {c: found[c][metric] for c in data.SETS if c in found}
+        six = [row[c] for c in COLUMNS[:6] if c in row]
+        return {**row, "avg": statistics.fmean(six)} if six else row
+    row = {str(p): found[str(p)][metric] for p in rates}
+    return {**row, "area": auc(rates, [*row.values()]) / (rates[-1] - rates[0])} if len(rates) > 1 else row
+
+
+def records(table: str, metric: str, kind: str, group: str, row: dict) -> list[dict]:
+    """One record for each number of a row. row: column -> a number, or a list with one for each run, of which the mean,
+    the sample standard deviation (None for one run, nan where a Corr is not defined) and n are told."""
+    result = []
+    for column, v in row.items():
+        several = isinstance(v, list)
+        result.append({"table": table, "metric": metric, "kind": kind, "group": group, "column": column,
+                       "mean": statistics.fmean(v) if several else v, "n": len(v) if several else None,
+                       "std": float(np.std(v, ddof=1)) if several and len(v) > 1 else None})
+    return result
+
+
+def reported(result: dict, table: str, metric: str) -> dict[str, float]:
+    """The paper's known numbers for what this run is: column -> number, where they may be compared."""
+    run = result["run"]
+    known = METHODS[run["method"]].REPORTED[run["dataset"]].get(run["ablation"], {}).get(metric, {})
+    if not compared(result)[0]:
+        return {}
+    return known if table == "sets" else {"0.0": known["lav"]} if "lav" in known else {}
+
+
+def tabulate(groups: dict[str, list], args) -> list[dict]:
+    """Every number of the tables on one data set; groups: name -> results of its runs. Kinds of rows: "ours"; "paper"
+    and "difference" to it; "paired", the difference to the reference seed by seed; "constant", "linear"; "realised"."""
+    if args.reference and args.reference not in groups:
+        raise DataError(f"--reference {args.reference}: the runs are of {', '.join(groups)}.")
+    tables = [t for t, without in (("sets", "rates"), ("rates", "combos")) if args.protocol != without]
+    every, rows = dict.fromkeys(m for runs in groups.values() for m in measured(runs[0])), []
+    for table, metric in ((t, m) for t in tables for m in every if t == "sets" or m in MAIN):
+        have = {name: runs for name, runs in groups.items() if metric in measured(runs[0])}
+        own = {name: {r["run"]["seed"]: cells(table, r["conditions"], metric, args.rates) for r in runs}
+               for name, runs in have.items()}
+        for name, seeds in own.items():
+            ours = {c: [row[c] for row in seeds.values()] for c in next(iter(seeds.values()))}
+            rows += records(table, metric, "ours", name, ours)
+            paper = {c: v for c, v in reported(have[name][0], table, metric).items() if c in ours}
+            rows += records(table, metric, "paper", name, paper)
+            rows += records(table, metric, "difference", name, {c: statistics.fmean(ours[c]) - v for c, v in paper.items()})
+            against = args.reference or have[name][0]["run"]["method"]
+            common = [s for s in seeds if s in own.get(against, {}) and against != name]
+            paired = {c: [seeds[s][c] - own[against][s][c] for s in common] for c in (ours if common else ())}
+            rows += records(table, metric, "paired", f"{name} - {against}", paired)
+        for kind in ("constant", "linear"):
+            of = {}     # the same for methods of the same task
+            for runs in (runs for runs in have.values() if runs[0][kind]):
+                row = json.dumps(cells(table, runs[0][kind], metric, args.rates))
+                of.setdefault(row, []).append(runs[0]["run"]["method"])
+            for row, methods in of.items():
+                group = ", ".join(dict.fromkeys(methods)) if len(of) > 1 else ""
+                rows += records(table, metric, kind, group, json.loads(row))
+    if "rates" in tables:
+        gone = {str(p): next(iter(groups.values()))[0]["conditions"][str(p)]["realised"].values() for p in args.rates}
+        shares = {p: [s for s in of if s is not None] for p, of in gone.items()}
+        rows += records("rates", "", "realised", "", {p: statistics.fmean(of) for p, of in shares.items() if of})
+    return rows
+
+
+# ---------------------------------------------------------------------------------- views of these numbers
+
+def cell(record: dict | None) -> str:
+    if record is None:
         return "-"
-    if isinstance(value, dict):
-        spread = "" if value["std"] is None else f"±{value['std']:.{digits}f}"
-        return f"{value['mean']:.{digits}f}{spread}" + "*" * (value.get("p") is not None and value["p"] < .05)
-    return f"{value:{'+' if signed else ''}.{digits}f}"
+    digits = 3 if record["kind"] == "realised" else 4 if record["metric"] in ("MAE", "Corr") else 2
+    sign = "+" if record["kind"] in ("difference", "paired") else ""
+    spread = "" if record["std"] is None else f"±{record['std']:.{digits}f}"
+    return f"{record['mean']:{sign}.{digits}f}{spread}"
 
 
-def show(table: dict, titles: dict, form: str) -> str:
-    """One table: metric -> row -> column -> number or summary; n stands beside the rows of summaries."""
-    some = next(iter(next(iter(table.values())).values()))
-    lines = [["", *(titles.get(c, c) for c in some)]]
-    for metric, rows in table.items():
-        for name, row in rows.items():
-            if not any(v is not None for v in row.values()) or name == "realised" and metric != list(table)[-1]:
-                continue        # nothing known; the realised rate, which all metrics share, once at the end
-            first, digits = next(iter(row.values())), 4 if metric in ("MAE", "Corr") else 2
-            title = f"{metric} {name}" + (f" (n={first['n']})" if isinstance(first, dict) else "")
-            if name == "realised":
-                title, digits = "realised rate", 3
-            lines.append([title, *(cell(row.get(c), digits, name.endswith("difference")) for c in some)])
+def show(rows: list[dict], table: str, metrics, titles: dict, form: str) -> str:
+    """One table of these metrics, a line a row, with the columns of `titles` (column -> title)."""
+    found = {}
+    for r in rows:
+        if r["table"] == table and (r["metric"] in metrics or r["kind"] == "realised"):
+            found.setdefault((r["metric"], r["kind"], r["group"]), {})[r["column"]] = r
+    lines = [["", *titles.values()]]
+    for (metric, kind, group), row in found.items():
+        n = next(iter(row.values()))["n"]
+        label = {"ours": f"{group} (n={n})", "paired": f"{group} (n={n})", "paper": f"{group} paper",
+                 "difference": f"{group} - paper", "realised": "realised rate"}.get(
+                     kind, f"{kind} of {group}" if group else kind)
+        lines.append([f"{metric} {label}".strip(), *(cell(row.get(c)) for c in titles)])
     if form == "markdown":
         lines.insert(1, ["---"] * len(lines[0]))
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -462,60 +526,83 @@ def show(table: dict, titles: dict, form: str) -> str:
                      for line in lines)
 
 
-def simulation(method: str, streams) -> str:
+def units(metrics) -> str:
+    """What the numbers of these metrics are."""
+    said = ["weighted F1" + (" and accuracies in %" if "Acc-2" in metrics else " in %")]
+    if "MAE" in metrics:
+        said += ["MAE in units of the label"]
+    if "F1 has0" in metrics:
+        said += ["F1 and Acc-2 without the clips of sentiment 0, has0 with them"]
+    return "; ".join(said)
+
+
+def simulation(method: str, dims) -> str:
     """What stands in for missing text, which every table of Double-Flow says."""
     if method != "double_flow":
         return ""
-    return "simulated text: " + ("from the data" if data.SIMULATED in streams else "learned from audio")
+    return "simulated text: " + ("from the data" if data.SIMULATED in dims else "learned from audio")
 
 
-def heading(runs: list[dict], args) -> list[str]:
-    """What a table is: whose numbers, on which data, and every reason not to compare them with the paper's."""
-    r, module = runs[0], METHODS[runs[0]["method"]][0]
-    usual = asdict(replace(module.PAPER[r["dataset"]], **module.ABLATIONS.get(r["ablation"], {})))
-    changed = [f"{k} {v}" for k, v in r["config"].items() if v != usual[k] and k != "aligned"]
-    changed += ["not normalised"] * (not r["normalize"] and "features" not in r["data"])
-    said = [" ".join(filter(None, (r["method"], r["ablation"], "on", r["dataset"])))
-            + f", {args.split} split, seeds {' '.join(str(x['seed']) for x in runs)}, mask seed {args.mask_seed}",
-            f"data: {r['data']['file']}" + (f", SHA-256 {r['data']['sha256'][:12]}" if r["data"]["sha256"] else "")]
-    said += [f"note: {n}" for n in r["data"]["notes"] + ["unaligned streams"] * (not r["config"].get("aligned", True))]
-    if told := simulation(r["method"], r["dims"]):
+def heading(results: list[dict], args) -> list[str]:
+    """What a row is: whose numbers, on which data, and every reason to read them with care."""
+    r, run = results[0], results[0]["run"]
+    module, source = METHODS[run["method"]], r["data"]
+    usual = asdict(replace(module.PAPER[run["dataset"]], **module.ABLATIONS.get(run["ablation"], {})))
+    changed = [f"{k} {v}" for k, v in run["config"].items() if v != usual[k] and k != "aligned"]
+    if not run["normalize"] and not source["arguments"]["features"]:
+        changed.append("not normalised")
+    said = [" ".join(filter(None, (run["method"], run["ablation"], "on", run["dataset"])))
+            + f", {args.split} split, seeds {' '.join(str(x['run']['seed']) for x in results)}, mask seed {args.mask_seed}",
+            f"data: {source['file']}" + (f", SHA-256 {source['sha256'][:12]}" if source["sha256"] else "")]
+    if source["synthetic"]:
+        said.append("SYNTHETIC data: these numbers say nothing of the papers'. Its test split has another majority than "
+                    "its training split, so a constant answer scores below 50 there")
+    said += [f"note: {line}" for line in (*source["notes"], compared(r)[1]) if line]
+    if run["lacking"]:
+        gone = [TITLES[c] for c in data.SETS if c not in data.answerable(data.SETS, run["lacking"])]
+        said.append(f"note: the data holds no {' and no '.join(run['lacking'])}: {' '.join(gone)} are not answered and "
+                    "count in no average; {l,a,v} is all that there is")
+    if not run["config"]["aligned"]:
+        said.append("note: unaligned streams")
+    if told := simulation(run["method"], run["dims"]):
         said.append(told)
+    if not r["linear"]:
+        said.append("note: no linear row: it is not fitted on feature folders, which would have to be read for it")
     if changed:
         said.append(f"note: other settings than the defaults: {', '.join(changed)}")
-    if r["synthetic"]:
-        said.append("SYNTHETIC data: the paper's row is on real data and no comparison")
-    if r["limit"]:
-        said.append(f"note: only the first {r['limit']} clips of each split")
-    said += [f"note: seed {x['seed']} was stopped after {x['epochs_run']} of {x['config']['epochs']} epochs"
-             for x in runs if x.get("epochs_run", x["config"]["epochs"]) < x["config"]["epochs"]]
-    if any(x["trained_on"]["sha256"] != x["data"]["sha256"] for x in runs):
+    said += [f"note: seed {x['run']['seed']} was stopped after {x['epochs_run']} of {run['config']['epochs']} epochs"
+             for x in results if x["epochs_run"] is not None and x["epochs_run"] < run["config"]["epochs"]]
+    if any(x["run"]["data"]["sha256"] != x["data"]["sha256"] for x in results):
         said.append("WARNING: this is not the file that the runs were trained on")
     return said
 
 
-def headings(groups: list, args) -> str:
-    """The headings of several groups on the same data, each line once; a line that is not true of all says of whom."""
-    said = dict(zip(names(groups), (heading(runs, args) for runs, *_ in groups)))
-    lines = [first for first, *_ in said.values()]
+def show_report(groups: dict, rows: list[dict], args) -> None:
+    """Print the heading and the tables of one data set; a line of a heading that is not true of all says of whom."""
+    said = {name: heading(results, args) for name, results in groups.items()}
+    for first, *_ in said.values():
+        print(first)
     for line in dict.fromkeys(line for _, *rest in said.values() for line in rest):
         of = [name for name, told in said.items() if line in told]
-        lines.append(line + f" ({', '.join(of)})" * (len(of) < len(groups)))
-    return "\n".join(lines)
-
-
-def parts(module, sets: dict, rates: dict) -> list[tuple[str, dict, dict]]:
-    """The tables to print: title, table, titles of its columns. A method whose paper has another table than the
-    seven sets names that one's columns, and the rest is an extension."""
-    own, extra = getattr(module, "TABLE", None), ""
-    printed = []
-    if own and sets:
-        printed.append(("The paper's table", {metric: {row: {c: cells[c] for c in own} for row, cells in rows.items()}
-                                              for metric, rows in sets.items()}, own))
-        sets, extra = {k: v for k, v in sets.items() if k in MAIN}, ", an extension: not in the paper"
-    printed += [("Available streams" + extra, sets, TITLES),
-                ("Share of frames dropped in every stream" + extra, rates, {})]
-    return [part for part in printed if part[1]]
+        print(line + (f" ({', '.join(of)})" if len(of) < len(groups) else ""))
+    every = list(dict.fromkeys(r["metric"] for r in rows if r["metric"]))
+    main = [m for m in every if m in MAIN]
+    methods = {results[0]["run"]["method"] for results in groups.values()}
+    own = METHODS[methods.pop()].TABLE if len(methods) == 1 else {}
+    beside = ", an extension: not in the paper" if own else ""
+    rates = {r["column"]: r["column"] for r in rows if r["table"] == "rates"}
+    parts = [("The paper's table", "sets", every, own)] if own else []
+    parts += [("Available streams" + beside, "sets", every if len(groups) == 1 and not own else main, TITLES),
+              ("Share of frames dropped in every stream" + beside, "rates", main, rates)]
+    for title, table, metrics, titles in parts:
+        if any(r["table"] == table for r in rows):
+            print(f"\n{title} ({units(metrics)})", show(rows, table, metrics, titles, args.format),
+                  sep="\n" if args.format == "text" else "\n\n")
+    if "1.0" in rates:
+        print("\nAt 1.0 nothing is left of any clip: a model gives all clips of one length the same answer there.")
+    if len(main) < len(every) and len(groups) > 1:
+        print(f"\n{', '.join(m for m in every if m not in MAIN)} of these rows are in --csv and --json.")
+    print()
 
 
 def pyplot():
@@ -527,44 +614,60 @@ def pyplot():
     matplotlib.use("Agg")
     from matplotlib import pyplot
     pyplot.rcParams.update({"font.size": 8, "savefig.dpi": 200, "lines.linewidth": 1.2, "lines.markersize": 4,
-                            "axes.prop_cycle": pyplot.cycler(color=COLOURS), "figure.constrained_layout.use": True})
+                            "figure.constrained_layout.use": True})
     return pyplot
 
 
 def save_figure(figure, path: Path) -> None:
     lines = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=max(2, len(figure.axes)), fontsize=7)
-    picture = io.BytesIO()
-    try:
-        figure.savefig(picture, format=path.suffix[1:] or "png")
-    except ValueError as error:
-        raise DataError(f"--plot {path}: {error}.") from None
-    write(path, picture.getvalue())
+    with data.replacing(path) as file:
+        try:
+            figure.savefig(file, format=path.suffix[1:] or "png", bbox_inches="tight")     # no legend is cut off
+        except ValueError as error:
+            raise DataError(f"--plot {path}: {error}.") from None
 
 
-def plot_curves(tables: list, path: Path) -> None:
+def plot_curves(reports: list, path: Path) -> None:
     """Each metric against the share of dropped frames, a row of panels for each data set: a line a group, the band one
-    standard deviation; a star is the paper's number where nothing is dropped. tables: (groups, joined rates)."""
-    plt, most = pyplot(), max(len(table) for _, table in tables)
-    figure, axes = plt.subplots(len(tables), most, figsize=(3.4 * most, 3 * len(tables) + .4), squeeze=False)
-    for row, (groups, table) in zip(axes, tables):
-        r = groups[0][0][0]
-        for axis in row[len(table):]:
+    standard deviation, a star the paper's number where nothing is dropped. At most six ablations a panel; the full
+    methods are in all of them, drawn last and thickest. reports: (groups, rows)."""
+    plt, panels = pyplot(), []      # a row each: (title, metric, full methods, ablations, rows)
+    full, less = ([n for n in dict.fromkeys(n for groups, _ in reports for n in groups)
+                   if any(bool(g[n][0]["run"]["ablation"]) is ablated for g, _ in reports if n in g)]
+                  for ablated in (False, True))
+    for groups, rows in reports:
+        source, run = next(iter(groups.values()))[0]["data"], next(iter(groups.values()))[0]["run"]
+        title = run["dataset"] + (", SYNTHETIC" if source["synthetic"] else f", data {source['sha256'][:6]}")
+        ablated = [n for n in less if n in groups]
+        panels.append([(title, metric, [n for n in full if n in groups], ablated[i:i + 6], rows)
+                       for metric in dict.fromkeys(r["metric"] for r in rows if r["table"] == "rates" and r["metric"])
+                       for i in range(0, max(1, len(ablated)), 6)])
+    figure, axes = plt.subplots(len(panels), max(map(len, panels)), squeeze=False,
+                                figsize=(3.4 * max(map(len, panels)), 3 * len(panels) + .4))
+    for line, row in zip(axes, panels):
+        for axis in line[len(row):]:
             axis.set_visible(False)
-        for axis, (metric, rows) in zip(row, table.items()):
-            for i, name in ((i, n) for i, n in enumerate(names(groups)) if n in rows):
-                ours = [(float(p), v) for p, v in rows[name].items() if p != "area"]
-                rates, values = zip(*ours)
-                mean, std = np.array([v["mean"] for v in values]), np.array([v["std"] or 0 for v in values])
-                colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-                axis.plot(rates, mean, "-" if i < len(COLOURS) else "--", color=colour, marker=marker,
-                          label=f"{name} (n={values[0]['n']})")
+        for axis, (title, metric, mine, ablated, rows) in zip(line, row):
+            curves = {}
+            for r in (r for r in rows if r["table"] == "rates" and r["metric"] == metric and r["column"] != "area"):
+                curves.setdefault((r["kind"], r["group"]), []).append(r)
+            for (kind, group), points in curves.items():
+                if kind in ("constant", "linear"):
+                    axis.plot([float(r["column"]) for r in points], [r["mean"] for r in points], color="grey",
+                              linewidth=.7, linestyle="-" if kind == "linear" else ":", label=f"{kind} {group}".strip())
+            for name in [*ablated, *mine]:
+                i, points = (full + less).index(name), curves.get(("ours", name), [])
+                rates, mean = np.array([float(r["column"]) for r in points]), np.array([r["mean"] for r in points])
+                std = np.array([r["std"] or 0 for r in points])
+                colour = COLOURS[i % len(COLOURS)]
+                axis.plot(rates, mean, "-" if i < len(COLOURS) else "--", color=colour, marker=MARKERS[i % len(MARKERS)],
+                          linewidth=2.2 if name in mine else 1, label=name)
                 axis.fill_between(rates, mean - std, mean + std, alpha=.15, linewidth=0, color=colour)
-                known = rows.get(f"{name} paper", {}).get("0.0")
-                if known is not None and not r["synthetic"]:
-                    axis.plot(0, known, "*", color=colour, markersize=9, clip_on=False,
-                              label=f"{name}, paper")
-            axis.set(xlabel="share of frames dropped, p", title=r["dataset"] + ", SYNTHETIC" * r["synthetic"],
+                for r in curves.get(("paper", name), []):
+                    axis.plot(0, r["mean"], "*", color=colour, markersize=9, clip_on=False, label=f"{name}, paper")
+            axis.fill_between([], [], [], color="grey", alpha=.15, label="band: ± one standard deviation over the seeds")
+            axis.set(xlabel="share of frames dropped, p", title=title,
                      ylabel=metric if metric == "MAE" else f"weighted {metric} (%)")
     save_figure(figure, path)
 
@@ -572,11 +675,8 @@ def plot_curves(tables: list, path: Path) -> None:
 def joint(model, split: dict, task: str, condition, args) -> tuple[np.ndarray, np.ndarray]:
     """Joint representations (n, width), which is what the head gets, of at most 100 clips a class, and their classes
     (n,): one emotion alone, or negative and positive."""
-    if hasattr(model, "head"):
-        model.head = torch.nn.Identity()
-    else:
-        model.network.classifier = torch.nn.Identity()
-    (_, h, _), = predict(model, split, [condition], args.split, args.mask_seed, args.batch_size)
+    how = [condition], args.split, args.mask_seed, args.batch_size
+    (_, h, _), = predict(model, split, *how, head=torch.nn.Identity())
     label = split["label"].cpu().numpy()
     kind = (np.where(label.sum(1) == 1, label.argmax(1), -1) if task == "emotions"
             else np.where(label == 0, -1, label > 0))
@@ -585,45 +685,41 @@ def joint(model, split: dict, task: str, condition, args) -> tuple[np.ndarray, n
     return h.flatten(1).cpu().numpy()[chosen], kind[chosen]
 
 
-def plot_tsne(groups: list, folders: dict, args, device, cache: dict) -> None:
+def plot_tsne(groups: list[tuple[str, Path]], args, device, cache: dict) -> None:
     """t-SNE of the joint representations of each group's first seed, half of the frames dropped and text alone."""
     from sklearn.manifold import TSNE
     plt, shown = pyplot(), {0.5: "p = 0.5", "l": "text alone"}
     figure, axes = plt.subplots(len(groups), len(shown), figsize=(3.4 * len(shown), 2.8 * len(groups) + .3),
                                 squeeze=False)
-    for row, name, (runs, *_) in zip(axes, names(groups), groups):
-        run, model, loaded = open_run(folders[id(runs)], args, device, cache)
+    for row, (name, folder) in zip(axes, groups):
+        checkpoint, model, loaded = open_run(folder, args, device, cache)
+        run = checkpoint["run"]
         kinds = data.EMOTIONS if run["task"] == "emotions" else ("negative", "positive")
         for axis, (condition, title) in zip(row, shown.items()):
             h, kind = joint(model, loaded[args.split], run["task"], condition, args)
             place = TSNE(perplexity=min(30, (len(h) - 1) / 3), random_state=args.mask_seed).fit_transform(h)
             for k in np.unique(kind):
                 axis.scatter(*place[kind == k].T, s=8, marker=MARKERS[k], label=kinds[k])
-            axis.set(title=f"{name}, {run['dataset']}{', SYNTHETIC' * run['synthetic']}: {title}", xlabel="t-SNE 1",
-                     ylabel="t-SNE 2", xticks=[], yticks=[])
+            made_up = ", SYNTHETIC" if run["data"]["synthetic"] else ""
+            axis.set(title=f"{name}, {run['dataset']}{made_up}: {title}", xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[],
+                     yticks=[])
     save_figure(figure, args.plot)
 
 
-def write_csv(report: list, path: Path) -> None:
-    """One line a number: data set and file, metric, row, column, mean, std, n, and p against the reference."""
+def write_csv(path: Path, columns, lines) -> None:
     text = io.StringIO()
-    out = csv.writer(text)
-    out.writerow(("dataset", "synthetic", "data", "table", "metric", "row", "column", "value", "std", "n", "p"))
-    for groups, *tables in report:
-        r = groups[0][0][0]
-        for name, table in zip(("sets", "rates"), tables):
-            for metric, row, column, v in ((m, row, c, v) for m, rows in table.items() for row, cells in rows.items()
-                                           for c, v in cells.items()):
-                value = [v.get(k) for k in ("mean", "std", "n", "p")] if isinstance(v, dict) else (v, None, None, None)
-                out.writerow((r["dataset"], r["synthetic"], r["data"]["sha256"], name, metric, row, column, *value))
-    write(path, text.getvalue())
+    csv.writer(text).writerows([columns, *lines])
+    with data.replacing(path) as file:
+        file.write(text.getvalue().encode())
 
+
+# ---------------------------------------------------------------------------------- the program
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python eval.py RUN [RUN ...] [options]; -h explains them")
     add = parser.add_argument
-    add("runs", nargs="*", type=Path, help="run folders of train.py")
+    add("runs", nargs="*", type=Path, help="run folders of train.py, or folders that hold some")
     add("--protocol", choices=("combos", "rates", "both"), default="both",
         help="available sets of streams, dropped frames, or both (default)")
     add("--rates", nargs="+", type=float, default=list(data.RATES), help="shares of frames to drop (0.0 ... 1.0)")
@@ -638,12 +734,12 @@ def parse(argv=None) -> argparse.Namespace:
     add("--batch-size", type=int, default=256, help="clips at a time; changes no prediction (default 256)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--format", choices=("text", "markdown"), default="text", help="of the printed tables (default text)")
-    add("--json", type=Path, metavar="F", help="write all tables to F")
-    add("--csv", type=Path, metavar="F", help="write all tables to F, one number a line")
+    add("--json", type=Path, metavar="F", help="write all runs and all numbers of the tables to F")
+    add("--csv", type=Path, metavar="F", help="write all numbers of the tables to F, one a line")
+    add("--predictions", type=Path, metavar="F.csv", help="write every run's answer to every clip to F.csv")
     add("--stored", action="store_true", help="take each run's results.json as it is, evaluate nothing")
-    add("--reference", metavar="NAME", help="with several methods or ablations: a star where the Avg. differs from "
-        'this row\'s, for instance corrkd or "corrkd no_scd" (paired t-test over the seeds, p < 0.05; default: from '
-        "that of the method's full form)")
+    add("--reference", metavar="NAME", help="the row that the others are subtracted from, seed by seed, for instance "
+        'corrkd or "corrkd no_scd" (default: the full method, for its ablations)')
     add("--plot", type=Path, metavar="F.png", help="draw a figure (needs matplotlib)")
     add("--figure", choices=("curves", "tsne"), default="curves", help="of --plot: F1 (and MAE) against the share of "
         "dropped frames (default), or t-SNE of the joint representations of each first seed, 100 clips a class")
@@ -657,65 +753,68 @@ def parse(argv=None) -> argparse.Namespace:
     args.features = args.features and dict(args.features)
     if args.plot and args.figure == "curves" and args.protocol == "combos":
         parser.error("--plot draws the frame-dropping curve: leave --protocol combos out, or add --figure tsne")
-    if args.official and (args.stored or args.figure == "tsne"):
-        parser.error("--official goes without --stored and --figure tsne")
+    if args.official and (args.stored or args.figure == "tsne" or args.predictions):
+        parser.error("--official goes without --stored, --predictions and --figure tsne")
+    if args.stored and args.predictions:
+        parser.error("--predictions needs an evaluation: leave --stored out")
     args.rates = sorted(set(args.rates))
     return args
 
 
-def collect(args, device, cache: dict) -> list[tuple[Path | None, dict]]:
-    """The asked runs and their results; a folder that has no checkpoint yet is named and left out, unless all are."""
-    found, folders = [], sorted(set(args.runs))
-    for folder in folders:
-        if not args.stored and not (folder / "best.pt").exists() and len(folders) > 1:
-            print(f"left out: {folder} has no best.pt, so it is no run or not far enough trained", file=sys.stderr)
-            continue
-        found.append((folder, stored(folder, args) if args.stored else evaluate_run(folder, args, device, cache)))
-    if folders and not found:
+def run_folders(args) -> list[Path]:
+    """The run folders that are named or lie in a named folder. One that has nothing to evaluate yet is told and left
+    out, unless it is the only one."""
+    name, found = "results.json" if args.stored else "best.pt", {}
+    for path in args.runs:
+        inside = [] if (path / name).exists() else sorted(p.parent for p in path.rglob(name))
+        found.update(dict.fromkeys(inside or [path]))
+    ready = [p for p in found if (p / name).exists()]
+    for path in (p for p in found if p not in ready and (ready or len(found) > 1)):
+        print(f"left out: {path} has no {name}, so it is no run or not far enough trained", file=sys.stderr)
+    if len(found) > 1 and not ready:
         raise DataError("None of these folders is a run that has been trained.")
-    return found or [(None, evaluate_official(args, device))]
+    return sorted(ready) or list(found)
 
 
 def main(argv=None) -> int:
     args = parse(argv)
     try:
-        device, cache, grouped, folders, tables, report = device_named(args.device), {}, {}, {}, {}, []
-        for folder, result in collect(args, device, cache):
-            same = ("dataset", "synthetic", "limit", "normalize", "method", "ablation", "config")
-            runs = grouped.setdefault(json.dumps([result["data"]["sha256"], *(result[k] for k in same)]), [])
-            if any(r["seed"] == result["seed"] for r in runs):
+        device, cache, grouped, folders, reports, clips = device_named(args.device), {}, {}, {}, [], []
+        for folder in run_folders(args) if args.runs else [None]:
+            result = (evaluate_official(args, device) if folder is None else read_results(folder, args) if args.stored
+                      else evaluate_run(folder, args, device, cache, clips))
+            what = {**settings(result["run"]), "seed": None, "evaluated on": result["data"]["sha256"]}
+            runs = grouped.setdefault(json.dumps(what), [])
+            if any(r["run"]["seed"] == result["run"]["seed"] for r in runs):
                 raise DataError(f"{folder} is a second run of the same configuration and seed: name only one of them.")
             runs.append(result)
             folders.setdefault(id(runs), folder)
-        order = list(METHODS)
-        for runs in sorted(grouped.values(), key=lambda runs: (order.index(runs[0]["method"]), runs[0]["ablation"])):
-            group = (runs, table_of_sets(runs) if args.protocol != "rates" else {},
-                     table_of_rates(runs, args.rates) if args.protocol != "combos" else {})
-            tables.setdefault(json.dumps([runs[0][k] for k in ("dataset", "synthetic", "limit")]
-                                         + [runs[0]["data"]["sha256"]]), []).append(group)
-        for groups in tables.values():
-            sets, rates = compare(groups, args.reference)
-            print(headings(groups, args), end="\n\n")
-            tasks, methods = ({runs[0][k] for runs, *_ in groups} for k in ("task", "method"))
-            units = UNITS["regression" if len(tasks) > 1 else tasks.pop()]
-            few = sets if len(groups) == 1 else {k: v for k, v in sets.items() if k in MAIN}
-            for title, table, titles in parts(METHODS[methods.pop()][0] if len(methods) == 1 else None, few, rates):
-                gap = "\n" if args.format == "text" else "\n\n"
-                print(f"{title} ({units})", show(table, titles, args.format), sep=gap, end="\n\n")
-            averaged = [cells["avg"] for rows in few.values() for cells in rows.values() if "avg" in cells]
-            if any(isinstance(v, dict) and v.get("p") is not None for v in averaged):
-                against = args.reference or "the full method's"
-                print(f"* differs from {against} Avg. (paired t-test over the seeds, p < 0.05)\n")
-            report.append((groups, sets, rates))
+        order, tables = list(METHODS), {}
+        for runs in sorted(grouped.values(), key=lambda g: (order.index(g[0]["run"]["method"]), g[0]["run"]["ablation"])):
+            run, source = runs[0]["run"], runs[0]["data"]
+            tables.setdefault((run["dataset"], run["limit"], source["sha256"] or source["file"]), []).append(runs)
+        for same in tables.values():
+            groups = dict(zip(names(same), same))
+            rows = tabulate(groups, args)
+            show_report(groups, rows, args)
+            reports.append((groups, rows))
         if args.json:
-            write(args.json, json.dumps([{"runs": [r for runs, *_ in groups for r in runs], "sets": s, "rates": t}
-                                         for groups, s, t in report], indent=1))
+            with data.replacing(args.json) as file:
+                file.write(json.dumps([{"runs": sum(groups.values(), []), "rows": rows} for groups, rows in reports],
+                                      indent=1).encode())
         if args.csv:
-            write_csv(report, args.csv)
+            columns = list(records("", "", "", "", {"": 0})[0])
+            first = [next(iter(groups.values()))[0] for groups, _ in reports]
+            write_csv(args.csv, ("dataset", "synthetic", "data", *columns),
+                      [(r["run"]["dataset"], r["data"]["synthetic"], r["data"]["sha256"], *(row[c] for c in columns))
+                       for r, (_, rows) in zip(first, reports) for row in rows])
+        if args.predictions:
+            write_csv(args.predictions, ("run", "method", "ablation", "seed", "condition", "clip", "truth", "answer",
+                                         "probability"), clips)
         if args.plot and args.figure == "tsne":
-            plot_tsne([group for groups, *_ in report for group in groups], folders, args, device, cache)
+            plot_tsne([(n, folders[id(g)]) for groups, _ in reports for n, g in groups.items()], args, device, cache)
         elif args.plot:
-            plot_curves([(groups, rates) for groups, _, rates in report], args.plot)
+            plot_curves(reports, args.plot)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

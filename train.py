@@ -1,9 +1,9 @@
-"""Train a method and leave a run folder that eval.py reads.
+"""Train a method and leave run folders that eval.py reads.
 
     python train.py --method corrkd --dataset mosei                     real data from data/, five seeds
-    python train.py --method corrkd --dataset mosi --synthetic          made-up data, nothing to download
+    python train.py --method corrkd --dataset mosei --synthetic         made-up data, nothing to download
 
-A run is runs/<method>-<dataset>[-synthetic][-ablation]-s<seed>/ with config.json, log.jsonl (one line an epoch),
+A run is runs/<dataset>[-synthetic]/<method>[-<ablation>]/s<seed>/ with config.json, log.jsonl (one line an epoch),
 best.pt (chosen on validation) and last.pt. An interrupted run goes on by the same command, to the same numbers.
 """
 import argparse
@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from data import STREAMS, DataError
-from eval import METHODS, write
+from eval import METHODS
 
 try:
     import fcntl
@@ -48,7 +49,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--lr", type=float, help="learning rate of Adam (default: the method file's)")
     add("--ablate", nargs="+", default=[""], metavar="NAME", help="a run for each NAME instead of the full method; "
         "all: the full method and each NAME; "
-        + "; ".join(f"{name}: {', '.join(module.ABLATIONS)}" for name, (module, _) in METHODS.items()))
+        + "; ".join(f"{name}: {', '.join(module.ABLATIONS)}" for name, module in METHODS.items()))
     add("--normalize", action=argparse.BooleanOptionalAction,
         help="standardise the features by the training split (default: on; --features are used as they are)")
     add("--features", nargs="+", type=data.folder, metavar="NAME=DIR",
@@ -71,10 +72,10 @@ def parse(argv=None) -> argparse.Namespace:
     args.features = args.features and dict(args.features)
     args.normalize = not args.features if args.normalize is None else args.normalize
     for name in ("epochs", "batch_size", "lr", "limit", "jobs", "max_frames"):
-        value = getattr(args, name)
+        value = vars(args)[name]
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
-    known = METHODS[args.method][0].ABLATIONS
+    known = METHODS[args.method].ABLATIONS
     if "all" in args.ablate:
         args.ablate = ["", *known]
     for name in filter(None, args.ablate):
@@ -83,313 +84,286 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def configure(args, ablation: str, loaded: dict):
-    """The method's config for this data set, with what the command line, the ablation and the data's form change."""
-    module = METHODS[args.method][0]
-    changes = {k: getattr(args, k) for k in ("epochs", "batch_size", "lr") if getattr(args, k) is not None}
-    if hasattr(module.Config, "aligned"):
-        changes["aligned"] = loaded["aligned"]
-    return replace(module.PAPER[args.dataset], **changes, **module.ABLATIONS.get(ablation, {}))
+def describe(args, ablation: str, seed: int, loaded: dict) -> dict:
+    """The record of one run: the method's config for this data set, with what the command line, the ablation and the
+    data's form change."""
+    module = METHODS[args.method]
+    changes = {k: v for k in ("epochs", "batch_size", "lr") if (v := vars(args)[k]) is not None}
+    config = replace(module.PAPER[args.dataset], **changes, aligned=loaded["aligned"],
+                     **module.ABLATIONS.get(ablation, {}))
+    return evaluation.run_record(args.method, args.dataset, ablation, seed, config, loaded, loaded["train"]["label"],
+                                 args.normalize, args.limit)
 
 
-def run_folder(args, ablation: str, seed: int) -> Path:
-    parts = [args.method, args.dataset] + ["synthetic"] * args.synthetic + [ablation] * bool(ablation)
-    return args.out / ("-".join(parts) + f"-s{seed}")
+def run_folder(args, ablation: str, seed: int, synthetic: bool) -> Path:
+    return (args.out / (args.dataset + ("-synthetic" if synthetic else ""))
+            / (args.method + (f"-{ablation}" if ablation else "")) / f"s{seed}")
 
 
-def commit() -> str:
-    """The code's commit, marked where files differ from it; "unknown" outside a git checkout."""
+def machine(device: torch.device) -> dict:
+    """On what a run was made, and by which code: its commit, marked where files differ from it."""
     here = Path(__file__).resolve().parent
     try:
         said = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=here, capture_output=True,
-                              text=True)
+                              text=True).stdout.strip()
     except OSError:
-        return "unknown"
-    return said.stdout.strip() or "unknown"
+        said = ""
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    return {"command": f"python {' '.join(sys.argv)}", "commit": said or "unknown", "device": name,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+
+
+# ---------------------------------------------------------------------------------- the state of a run
+
+@contextmanager
+def locked(folder: Path):
+    """Create the folder, and keep other processes out of it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY) if fcntl else None
+    except OSError as error:
+        raise DataError(f"--out: {folder} cannot be made: {error.strerror}.") from None
+    try:
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"{folder} is in use by another process. Wait for it, or name another --out.") from None
+            except OSError:         # a file system without locks
+                pass
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def save(path: Path, content: dict) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write(path, buffer.getvalue())
+    with data.replacing(path) as file:
+        file.write(buffer.getvalue())
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+def store(folder: Path, state: dict, best: dict | None) -> None:
+    """last.pt, all that the next epoch depends on, which alone decides where a run goes on. best.pt, if there is a new
+    one, goes before it and the log after it, which is always the history of last.pt."""
+    if best:
+        save(folder / "best.pt", best)
+    save(folder / "last.pt", state)
+    write_log(folder, state)
 
 
-class Run:
-    """One seed of one configuration: its model, its random state, its folder."""
+def write_log(folder: Path, state: dict) -> None:
+    with data.replacing(folder / "log.jsonl") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in state["history"]).encode())
 
-    def __init__(self, args, ablation: str, seed: int, loaded: dict, device: torch.device):
-        module, Model = METHODS[args.method]
-        self.args, self.seed, self.device, self.data = args, seed, device, loaded
-        self.config, self.folder = configure(args, ablation, loaded), run_folder(args, ablation, seed)
-        self.task = module.TASKS[args.dataset]
-        torch.manual_seed(seed)
-        self.model = Model(loaded["dims"], self.task, self.config).to(device)
-        self.stages = getattr(self.model, "stages", ("train",))
-        self.index, self.truth = evaluation.targets(loaded["train"]["label"], self.task)
-        constant = evaluation.constant(self.truth, self.task)
-        self.identity = {"method": args.method, "dataset": args.dataset, "synthetic": args.synthetic,
-                         "ablation": ablation, "seed": seed, "limit": args.limit, "normalize": args.normalize,
-                         "task": self.task, "dims": loaded["dims"], "config": asdict(self.config),
-                         "data": loaded["source"], "constant": constant}
-        self.history, self.best, self.stage, self.epoch, self.lock = [], None, 0, 0, None
-        self.generator = torch.Generator()
 
-    def begin(self, stage: str) -> None:
-        """Only a method of several stages needs to be told."""
-        if hasattr(self.model, "begin"):
-            self.model.begin(stage)
+def restore(folder: Path, run: dict, resume: bool, device: torch.device) -> dict | None:
+    """last.pt of a folder that holds this very run, None where there is nothing to go on from."""
+    if not resume:
+        for name in ("config.json", "last.pt", "best.pt", "log.jsonl", "results.json"):
+            (folder / name).unlink(missing_ok=True)
+    for name in ("config.json", "last.pt", "best.pt", "log.jsonl"):     # what a killed process left half-written
+        for left in folder.glob(f"{name}.*.tmp"):
+            left.unlink()
+    path = folder / "config.json"
+    if not path.exists():
+        with data.replacing(path) as file:
+            file.write(json.dumps({"run": run, **machine(device)}, indent=1).encode())
+    for path in (path, folder / "last.pt"):
+        if not path.exists():
+            return None
+        with data.told(path, "It is damaged, or of another version of train.py: start over with --no-resume."):
+            found = json.loads(path.read_text()) if path.suffix == ".json" else evaluation.read_checkpoint(path)
+            differ = evaluation.differences(run, found["run"])
+            if path.suffix == ".pt":
+                for key in ("finished", "stage", "epoch", "best", "history", "optimizer", "random"):
+                    found[key]
+        if differ:
+            raise DataError(f"{folder} holds a run of another configuration (differs in {', '.join(differ)}). "
+                            "Name another folder with --out, or start over with --no-resume.")
+    write_log(folder, found)    # which a process that was killed may have had no time to write
+    return found
 
-    # ---- one step, one epoch
 
-    def step_loss(self, index: torch.Tensor, fixed) -> dict:
-        """The loss terms of the clips at these rows of self.index; fixed: the frozen teacher's answers, if any."""
-        streams, real = data.batch(self.data["train"], self.index[index].cpu())
+def random_state(generator: torch.Generator, device: torch.device, state: dict | None = None) -> dict:
+    """The state of every random generator in use; sets it first if one is given."""
+    if state:
+        torch.set_rng_state(state["torch"])
+        generator.set_state(state["masks"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], device)
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"torch": torch.get_rng_state(), "masks": generator.get_state(), **cuda}
+
+
+# ---------------------------------------------------------------------------------- training
+
+class Clips:
+    """The training clips that count, and what a step needs of them."""
+
+    def __init__(self, run: dict, loaded: dict, device: torch.device):
+        self.split, self.device = loaded["train"], device
+        index, self.truth = evaluation.targets(self.split["label"], run["task"])
+        self.index, self.generator, self.fixed = index.cpu(), torch.Generator(), None
+        self.real = {m: r[self.index] for m, r in self.split["real"].items()}
+
+    def losses(self, model, rows: torch.Tensor) -> dict:
+        """The loss terms of the clips at these rows of self.index."""
+        streams, real = data.batch(self.split, self.index[rows])
         present = data.training_masks(real, self.generator)
         missing = {m: streams[m] * present[m].to(self.device)[..., None] for m in STREAMS}
         real = {m: r.to(self.device) for m, r in real.items()}
-        known = {"teacher": tuple(t[index] for t in fixed)} if fixed else {}
-        return self.model.losses(streams, missing, self.truth[index], real, **known)
-
-    def train_epoch(self, optimizer, fixed, name: str) -> dict:
-        """One pass over the training split; returns the mean of each loss term."""
-        self.model.train()
-        train_real = {m: r[self.index.cpu()] for m, r in self.data["train"]["real"].items()}
-        order = data.batches(train_real, torch.arange(len(self.index)), self.config.batch_size, self.generator)
-        sums = {}
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        for step, rows in enumerate(tqdm(order, desc=name, leave=False, disable=not sys.stderr.isatty())):
-            terms = self.step_loss(rows.to(self.device), fixed)
-            if not torch.isfinite(torch.stack([t.detach() for t in terms.values()])).all():
-                bad = next(k for k, t in terms.items() if not torch.isfinite(t))
-                raise DataError(f"{name}, step {step + 1}: the loss term '{bad}' is not finite. "
-                                "Try a lower --lr, and look at the features with python data.py check.")
-            optimizer.zero_grad(set_to_none=True)
-            terms["total"].backward()
-            if self.config.clip:
-                torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
-            optimizer.step()
-            for k, t in terms.items():
-                sums[k] = sums.get(k, 0) + t.detach() * len(rows) / len(self.index)
-        return {k: float(v) for k, v in sums.items()}
+        rows = rows.to(self.device)
+        return model.losses(streams, missing, self.truth[rows], real, self.fixed and tuple(t[rows] for t in self.fixed))
 
     @torch.no_grad()
-    def teacher_outputs(self):
+    def teacher_outputs(self, model) -> tuple | None:
         """The frozen teacher's answers on every complete training clip, once; None if this stage needs none."""
-        if self.stages[self.stage] != "student" or "teacher" not in self.stages:
+        if not model.has_teacher:
             return None
-        self.model.eval()
-        rows = torch.arange(len(self.index))
+        model.eval()
         parts = []
-        for part in rows.split(256):
-            streams, real = data.batch(self.data["train"], self.index[part.to(self.device)].cpu())
-            parts.append(self.model.teacher_outputs(streams, {m: r.to(self.device) for m, r in real.items()}))
+        for index in self.index.split(256):
+            streams, real = data.batch(self.split, index)
+            parts.append(model.teacher_outputs(streams, {m: r.to(self.device) for m, r in real.items()}))
         return tuple(torch.cat(p) for p in zip(*parts))
 
-    # ---- a whole run
 
-    def train(self) -> None:
-        """All stages; a stage ends with the parameters of its best epoch on validation."""
-        resumed, module = self.restore(), METHODS[self.args.method][0]
-        while self.stage < len(self.stages):
-            stage, last = self.stages[self.stage], self.stage == len(self.stages) - 1
-            self.begin(stage)
-            if not resumed:
-                # Counted from the end: the last stage of every ablation sees the same masks and batches.
-                stage_seed = self.seed + len(self.stages) - 1 - self.stage
-                torch.manual_seed(stage_seed)
-                self.generator.manual_seed(stage_seed)
-            fixed = self.teacher_outputs()
-            optimizer = torch.optim.Adam((p for p in self.model.parameters() if p.requires_grad), lr=self.config.lr,
-                                         weight_decay=getattr(self.config, "weight_decay", 0.0))
-            if resumed:
-                optimizer.load_state_dict(resumed["optimizer"])
-                self.random_state(resumed["random"])
-            resumed = None
-            while self.epoch < self.config.epochs:
-                began = time.perf_counter()
-                if hasattr(module, "learning_rate_factor"):
-                    optimizer.param_groups[0]["lr"] = self.config.lr * module.learning_rate_factor(self.epoch)
-                self.epoch += 1
-                losses = self.train_epoch(optimizer, fixed, f"{stage} epoch {self.epoch}/{self.config.epochs}")
-                # The final stage is chosen over all available sets, or those that its file names; a teacher on the
-                # complete clips that it will see.
-                sets = list(data.SETS) if last else ["lav"]
-                valid = evaluation.evaluate(self.model, self.task, self.data["valid"], sets, "valid")
-                chosen_on = getattr(module, "SELECTION", data.SETS) if last else sets
-                better = self.note(stage, losses, valid, evaluation.score({c: valid[c] for c in chosen_on}), last)
-                self.store(optimizer)
-                terms = " ".join(f"{k} {v:.3f}" for k, v in losses.items() if k != "scd_active")
-                print(f"{stage} {self.epoch}/{self.config.epochs}  {terms}  {self.valid_score()}"
-                      f"{' *' if better else ''}  {time.perf_counter() - began:.1f} s", flush=True)
-            self.model.load_state_dict(self.best["model"])
-            self.stage, self.epoch, self.best = self.stage + 1, 0, None
-
-    def valid_score(self) -> str:
-        score = self.history[-1]["score"]
-        return f"valid MAE {-score:.4f}" if self.task == "regression" else f"valid F1 {score:.2f}"
-
-    def note(self, stage: str, losses: dict, valid: dict, score: float, last: bool) -> bool:
-        """Record the epoch, and keep its parameters if it is the best so far; returns whether it is."""
-        better = self.best is None or score > self.best["score"]
-        if better:
-            model = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
-            self.best = {"score": score, "epoch": self.epoch, "model": model}
-            if last:
-                save(self.folder / "best.pt",
-                     {**self.identity, "stats": self.data["stats"], "epoch": self.epoch, "model": model})
-        self.history.append({"stage": stage, "epoch": self.epoch, "losses": losses, "score": score, "best": better,
-                             "valid": {c: {k: v for k, v in r.items() if k != "realised"} for c, r in valid.items()}})
-        return better
-
-    def random_state(self, state: dict | None = None) -> dict:
-        """The state of every random generator in use; sets it first if one is given."""
-        if state:
-            torch.set_rng_state(state["torch"])
-            self.generator.set_state(state["masks"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["cuda"], self.device)
-        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
-        return {"torch": torch.get_rng_state(), "masks": self.generator.get_state(), **cuda}
-
-    def store(self, optimizer) -> None:
-        """All that the next epoch depends on, then the log, which is always the history of last.pt."""
-        save(self.folder / "last.pt",
-             {**self.identity, "stage": self.stage, "epoch": self.epoch, "best": self.best, "history": self.history,
-              "model": self.model.state_dict(), "optimizer": optimizer.state_dict(), "random": self.random_state()})
-        self.log()
-
-    def log(self) -> None:
-        write(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
-
-    def read_last(self) -> dict:
-        """last.pt, refused where it is not of this run."""
-        path = self.folder / "last.pt"
-        saved = evaluation.read_checkpoint(path)
-        if not {"stage", "epoch", "best", "history", "optimizer", "random"} <= saved.keys():
-            raise DataError(f"{path} is not what a run leaves to go on from. Start over with --no-resume.")
-        self.compare(path, saved)
-        return saved
-
-    def restore(self) -> dict | None:
-        """Create the folder, or take up what an earlier run of the same configuration left in it."""
-        path = self.folder / "config.json"
-        if path.exists() and self.args.resume:
-            self.compare(path)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.take()
-            for name in ("last.pt", "best.pt", "log.jsonl", "results.json") if not self.args.resume else ():
-                (self.folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise DataError(f"--out: {self.folder} cannot be made: {error.strerror}.") from None
-        if (self.folder / "last.pt").exists():
-            saved = self.read_last()
-            try:
-                self.model.load_state_dict(saved["model"])
-            except (RuntimeError, TypeError, AttributeError):
-                raise DataError(f"{self.folder / 'last.pt'} does not fit {self.args.method}.py. Start over with "
-                                "--no-resume.") from None
-            self.stage, self.epoch, self.best, self.history = (saved[k] for k in ("stage", "epoch", "best", "history"))
-            print(f"continuing {self.folder} after {self.stages[self.stage]} epoch {self.epoch}", flush=True)
-            return saved
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        write(path, json.dumps({**self.identity, "command": " ".join(sys.argv), "commit": commit(),
-                                "versions": versions, "device": device_name(self.device)}, indent=1))
-        return None
-
-    def take(self) -> None:
-        """Keep other processes out of the folder until this one ends or leaves it."""
-        if fcntl is None:
-            return
-        self.lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{self.folder} is in use by another process. Wait for it, or name another "
-                            "--out.") from None
-        except OSError:         # a file system without locks
-            pass
-
-    def leave(self) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
-
-    def compare(self, path: Path, found: dict | None = None) -> None:
-        """Refuse a folder that holds another configuration."""
-        try:
-            found = found or json.loads(path.read_text())
-            found["config"], found["data"]["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise DataError(f"{path} is damaged. Start over with --no-resume.") from None
-        differ = [k for k, v in self.identity.items() if k != "data" and json.loads(json.dumps(v)) != found.get(k)]
-        if found["data"]["sha256"] != self.identity["data"]["sha256"]:
-            differ.append("data file")
-        if "config" in differ:
-            known = found["config"]
-            differ[differ.index("config")] = ", ".join(k for k, v in asdict(self.config).items() if known.get(k) != v)
-        if differ:
-            raise DataError(f"{self.folder} holds a run of another configuration (differs in {', '.join(differ)}). "
-                            "Name another folder with --out, or start over with --no-resume.")
-
-    def finished(self) -> bool:
-        """Whether the folder's last epoch is the last one of the last stage."""
-        if not (self.args.resume and (self.folder / "last.pt").exists() and (self.folder / "best.pt").exists()):
-            return False
-        self.compare(self.folder / "config.json")
-        saved = self.read_last()
-        if saved["stage"] < len(self.stages) - 1 or saved["epoch"] < self.config.epochs:
-            return False
-        self.history = saved["history"]
-        self.log()      # which a process that was killed may have had no time to write
-        return True
-
-    def dry(self) -> None:
-        """One batch of each stage, nothing written."""
-        for self.stage, stage in enumerate(self.stages):
-            self.begin(stage)
-            self.model.train()
-            self.generator.manual_seed(self.seed)
-            terms = self.step_loss(torch.arange(min(self.config.batch_size, len(self.index)), device=self.device), None)
-            terms["total"].backward()
-            print(f"{stage}, one batch: " + " ".join(f"{k} {float(v.detach()):.3f}" for k, v in terms.items()))
+def train_epoch(model, optimizer, clips: Clips, config, name: str) -> dict:
+    """One pass over the training clips; returns the mean of each loss term."""
+    model.train()
+    order = data.batches(clips.real, torch.arange(len(clips.index)), config.batch_size, clips.generator)
+    parameters, sums = [p for p in model.parameters() if p.requires_grad], {}
+    for step, rows in enumerate(tqdm(order, desc=name, leave=False, disable=not sys.stderr.isatty())):
+        terms = clips.losses(model, rows)
+        if not torch.isfinite(torch.stack([t.detach() for t in terms.values()])).all():
+            bad = next(k for k, t in terms.items() if not torch.isfinite(t))
+            raise DataError(f"{name}, step {step + 1}: the loss term '{bad}' is not finite. "
+                            "Try a lower --lr, and look at the features with python data.py check.")
+        optimizer.zero_grad(set_to_none=True)
+        terms["total"].backward()
+        if config.clip:
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        for k, t in terms.items():
+            sums[k] = sums.get(k, 0) + t.detach() * len(rows) / len(clips.index)
+    return {k: float(v) for k, v in sums.items()}
 
 
-def introduce(args, loaded: dict, device: torch.device, run: Run) -> None:
+def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: dict | None) -> None:
+    """All stages of one run, from `state` (last.pt) on if there is one. A stage ends with the parameters of its best
+    epoch on validation."""
+    module, valid = METHODS[run["method"]], loaded["valid"]
+    config = module.Config(**run["config"])
+    torch.manual_seed(run["seed"])
+    model, clips = module.Model(run["dims"], run["task"], config).to(device), Clips(run, loaded, device)
+    stages, fresh = list(model.stages), state is None
+    linear = evaluation.fit_linear(loaded, run["task"])
+    state = state or {"run": run, "stage": 0, "epoch": 0, "best": None, "history": []}
+    if not fresh:
+        model.load_state_dict(state["model"])
+        print(f"continuing {folder} after {stages[state['stage']]} epoch {state['epoch']}", flush=True)
+    for number in range(state["stage"], len(stages)):
+        stage, last = stages[number], number == len(stages) - 1
+        chosen_on = data.answerable(model.stages[stage], run["lacking"])
+        sets = data.answerable(data.SETS, run["lacking"]) if last else chosen_on
+        model.begin(stage)
+        if fresh:
+            # Counted from the end: the last stage of every ablation sees the same masks and batches.
+            torch.manual_seed(run["seed"] + len(stages) - 1 - number)
+            clips.generator.manual_seed(run["seed"] + len(stages) - 1 - number)
+        clips.fixed = clips.teacher_outputs(model)
+        optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=config.lr,
+                                     weight_decay=config.weight_decay)
+        if not fresh:
+            optimizer.load_state_dict(state["optimizer"])
+            random_state(clips.generator, device, state["random"])
+        fresh = True            # from the next stage on
+        for epoch in range(state["epoch"], config.epochs):
+            began = time.perf_counter()
+            optimizer.param_groups[0]["lr"] = config.lr * module.learning_rate_factor(epoch)
+            losses = train_epoch(model, optimizer, clips, config, f"{stage} epoch {epoch + 1}/{config.epochs}")
+            found = evaluation.evaluate(model, run["task"], valid, sets, "valid")
+            score = evaluation.score({c: found[c] for c in chosen_on})
+            better = state["best"] is None or score > state["best"]["score"]
+            if better:
+                parameters = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+                state["best"] = {"score": score, "epoch": epoch + 1, "model": parameters}
+            state["history"].append({"stage": stage, "epoch": epoch + 1, "losses": losses, "score": score, "best": better,
+                                     "valid": {c: {k: v for k, v in r.items() if k != "realised"} for c, r in found.items()}})
+            state.update(stage=number, epoch=epoch + 1, finished=last and epoch + 1 == config.epochs,
+                         model=model.state_dict(), optimizer=optimizer.state_dict(),
+                         random=random_state(clips.generator, device))
+            store(folder, state, {"run": run, "stats": loaded["stats"], "linear": linear, "epoch": epoch + 1,
+                                  "model": state["best"]["model"]} if better and last else None)
+            print(f"{stage} {epoch + 1}/{config.epochs}  {terms_text(losses)}  {score_text(run['task'], score)}"
+                  f"{' *' if better else ''}  {time.perf_counter() - began:.1f} s", flush=True)
+        model.load_state_dict(state["best"]["model"])
+        state.update(epoch=0, best=None)
+
+
+def dry(run: dict, loaded: dict, device: torch.device) -> None:
+    """One batch of each stage, nothing written."""
+    module = METHODS[run["method"]]
+    model, clips = module.Model(run["dims"], run["task"], module.Config(**run["config"])).to(device), Clips(run, loaded, device)
+    for stage in model.stages:
+        model.begin(stage)
+        model.train()
+        clips.generator.manual_seed(run["seed"])
+        terms = clips.losses(model, torch.arange(min(run["config"]["batch_size"], len(clips.index))))
+        terms["total"].backward()
+        print(f"{stage}, one batch: {terms_text({k: float(v.detach()) for k, v in terms.items()})}")
+
+
+def terms_text(losses: dict) -> str:
+    return " ".join(f"{k} {v:.3f}" for k, v in losses.items() if k != "scd_active")
+
+
+def score_text(task: str, score: float) -> str:
+    return f"valid MAE {-score:.4f}" if task == "regression" else f"valid F1 {score:.2f}"
+
+
+# ---------------------------------------------------------------------------------- the program
+
+def introduce(run: dict, loaded: dict, device: torch.device) -> None:
     """What is about to run, so that a log answers every later question."""
-    source, sizes = loaded["source"], "/".join(str(len(loaded[s]["label"])) for s in ("train", "valid"))
-    print(f"command: python {' '.join(sys.argv)}")
-    print(f"code: commit {commit()}; python {platform.python_version()}, torch {torch.__version__}, "
-          f"numpy {np.__version__}")
-    print(f"device: {device_name(device)}")
+    source, here, module = loaded["source"], machine(device), METHODS[run["method"]]
+    sizes = "/".join(str(len(loaded[s]["label"])) for s in ("train", "valid"))
+    print(f"command: {here['command']}")
+    print(f"code: commit {here['commit']}; " + ", ".join(f"{k} {v}" for k, v in here["versions"].items()))
+    print(f"device: {here['device']}")
     print(f"data: {source['file']}" + (f", SHA-256 {source['sha256']}" if source["sha256"] else "")
           + f"; {sizes} training/validation clips, widths " + " ".join(f"{m} {w}" for m, w in loaded["dims"].items()))
-    for note in source["notes"]:
+    compared = data.comparison(run["dataset"], run["dims"], source, module.FEATURES)[1]
+    for note in filter(None, (*source["notes"], compared, *(f"the data holds no {m}" for m in run["lacking"]))):
         print(f"note: {note}")
-    count = sum(p.numel() for p in run.model.parameters())
-    print(f"model: {args.method}, {count:,} parameters; {run.config}", flush=True)
+    config = module.Config(**run["config"])
+    count = sum(p.numel() for p in module.Model(run["dims"], run["task"], config).parameters())
+    print(f"model: {run['method']}, {count:,} parameters; {config}", flush=True)
 
 
-def closing(plan: list, args, dims: dict) -> None:
+def closing(args, folders: dict[str, list[Path]], loaded: dict) -> None:
     """The seven-column validation table of the runs just made, from their logs, and the command for the test table."""
-    groups, folders = {}, [run_folder(args, *p) for p in plan]
-    for (ablation, _), folder in zip(plan, folders):
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        best = max((h for h in lines if h["stage"] == lines[-1]["stage"]), key=lambda h: h["score"])
-        groups.setdefault(ablation, []).append(evaluation.averages(best["valid"]))
-    for ablation, results in groups.items():
-        name = " ".join(filter(None, (args.method, ablation, "on", args.dataset, "SYNTHETIC" * args.synthetic,
-                                      evaluation.simulation(args.method, dims))))
-        print(f"\nvalidation, {name} ({evaluation.UNITS[METHODS[args.method][0].TASKS[args.dataset]]})")
-        table = {k: {"ours": {c: evaluation.summary([r[c][k] for r in results]) for c in evaluation.COLUMNS}}
-                 for k in results[0]["avg"]}
-        print(evaluation.show(table, evaluation.TITLES, "text"))
-    print(f"\nthe test table: python eval.py {' '.join(map(str, folders))}", flush=True)
+    task, made_up = METHODS[args.method].TASKS[args.dataset], "SYNTHETIC" if loaded["source"]["synthetic"] else ""
+    for ablation, same in folders.items():
+        found = []
+        for folder in same:
+            lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            best = max((h for h in lines if h["stage"] == lines[-1]["stage"]), key=lambda h: h["score"])
+            found.append(best["valid"])
+        metrics = [k for k in found[0]["lav"] if k != "n"]
+        rows = []
+        for metric in metrics:
+            each = [evaluation.cells("sets", f, metric) for f in found]
+            rows += evaluation.records("sets", metric, "ours", "ours", {c: [e[c] for e in each] for c in each[0]})
+        name = " ".join(filter(None, (args.method, ablation, "on", args.dataset, made_up,
+                                      evaluation.simulation(args.method, loaded["dims"]))))
+        print(f"\nvalidation, {name} ({evaluation.units(metrics)})")
+        print(evaluation.show(rows, "sets", metrics, evaluation.TITLES, "text"))
+    print(f"\nthe test table: python eval.py {' '.join(sorted({str(f.parent) for of in folders.values() for f in of}))}",
+          flush=True)
 
 
 def side_by_side(args, argv: list[str], plan: list) -> list[int]:
@@ -398,8 +372,8 @@ def side_by_side(args, argv: list[str], plan: list) -> list[int]:
     share = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), "PYTHONUNBUFFERED": "1"}
     begun = []
 
-    def work(place: int, ablation: str, seed: int) -> int:
-        name = run_folder(args, ablation, seed).name
+    def work(place: int, ablation: str, seed: int, folder: Path) -> int:
+        name = f"{folder.parent.name}/{folder.name}"
         command = [sys.executable, str(Path(__file__).resolve()), *argv, "--jobs", "1", "--seeds", str(seed)]
         # A session of its own: a stop from the keyboard reaches it once, through this process.
         child = subprocess.Popen(command + ["--ablate", ablation], env=share, stdout=subprocess.PIPE,
@@ -429,33 +403,37 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     seeds = args.seeds[:1] if args.dry_run else dict.fromkeys(args.seeds)
-    plan = [(ablation, seed) for ablation in dict.fromkeys(args.ablate) for seed in seeds]
     try:
         device = evaluation.device_named(args.device)
         loaded = data.load(args.dataset, args.data_dir, ("train", "valid"), device, args.normalize,
                            synthetic=args.synthetic, limit=args.limit, features=args.features, labels=args.labels,
                            max_frames=args.max_frames)
-        introduce(args, loaded, device, Run(args, *plan[0], loaded, device))
-        code = 0
+        plan = [(ablation, seed, run_folder(args, ablation, seed, loaded["source"]["synthetic"]))
+                for ablation in dict.fromkeys(args.ablate) for seed in seeds]
+        introduce(describe(args, *plan[0][:2], loaded), loaded, device)
+        codes = [0] * len(plan)
         if args.jobs > 1 and len(plan) > 1 and not args.dry_run:
             codes = side_by_side(args, argv, plan)
-            plan, code = [p for p, c in zip(plan, codes) if c == 0], 2 if any(codes) else 0
         else:
-            for ablation, seed in plan:
-                run = Run(args, ablation, seed, loaded, device)
-                print(f"\n{run.folder}", flush=True)
+            for ablation, seed, folder in plan:
+                run = describe(args, ablation, seed, loaded)
+                print(f"\n{folder}", flush=True)
                 if args.dry_run:
-                    run.dry()
-                elif run.finished():
-                    print("finished already")
-                else:
-                    try:
-                        run.train()
-                    finally:
-                        run.leave()
-        if plan and not args.dry_run:
-            closing(plan, args, loaded["dims"])
-        return code
+                    dry(run, loaded, device)
+                    continue
+                with locked(folder):
+                    state = restore(folder, run, args.resume, device)
+                    if state and state["finished"]:
+                        print("finished already")
+                    else:
+                        train(run, folder, loaded, device, state)
+        done = {}
+        for (ablation, _, folder), code in zip(plan, codes):
+            done.setdefault(ablation, []).extend([folder] if code == 0 else [])
+        done = {ablation: folders for ablation, folders in done.items() if folders}
+        if done and not args.dry_run:
+            closing(args, done, loaded)
+        return 2 if any(codes) else 0
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

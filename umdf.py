@@ -28,7 +28,7 @@ pass; s = sigmoid; * = product of elements. Attention and means leave padding ou
   (5) E_m = Z_m + s(FFN_m(Z_m)) * Z_m  a gate for each frame and channel: self-enhancement      UMDF.integrate
   (6) E = [E_text, E_audio, E_vision],  H = GAP(s(FFN(E)) * E)  in R^3d: selective filtering    UMDF.integrate
       aligned streams are filtered frame by frame; unaligned ones are joined after the GAP, then filtered
-  (7) y = W2 relu(W1 H + b1) + b2,  3d -> 3d -> outputs                                         UMDF.answer
+  (7) y = W2 relu(W1 H + b1) + b2,  3d -> 3d -> outputs                                         UMDF.classify
   (8) rep = 1/2 1/(3d) (|H^m - sg H^c|^2 + |H^c - sg H^m|^2)                                    both_ways
   (9) resp = 1/2 (D(sg y^c, y^m) + D(sg y^m, y^c))                                    both_ways, response_distance
       D(t, s): (t - s)^2 for regression, KL(softmax t || softmax s) for classification
@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 STREAMS = ("text", "audio", "vision")
+SETS = ("l", "a", "v", "la", "lv", "av", "lav")     # the papers' sets of available streams
 TASKS = {"mosi": "regression", "mosei": "regression", "iemocap": "emotions"}
 OUTPUTS = {"regression": 1, "emotions": 8}      # one score, or four yes/no decisions of two logits
 
@@ -68,6 +69,7 @@ class Config:
     layers: int = 2             # of the encoder (1), as in CorrKD here
     dropout: float = 0.1        # to the nearest 1/256, see Dropout
     clip: float = 1.0           # largest gradient norm
+    weight_decay: float = 0.0
     rep: float = 1.0            # weight of (8); a loss of weight 0 is not computed
     resp: float = 1.0           # weight of (9)
     to_missing: bool = True     # (8), (9): the complete pass teaches the missing one
@@ -95,6 +97,8 @@ ABLATIONS = {
     "no_rep": {"rep": 0.0},
     "no_resp": {"resp": 0.0},
 }
+FEATURES = {"text": 300, "audio": 74, "vision": 35}             # widths of the features that REPORTED is of
+TABLE = {}                                                      # the paper's table is that of the seven sets
 # The paper's numbers known to us, all on complete clips: data set -> ablation ("" = the full method) -> metric
 # -> column -> number; F1 in per cent. Its numbers for missing modalities and its ablations are not known.
 REPORTED = {
@@ -103,6 +107,11 @@ REPORTED = {
     "iemocap": {"": {"F1 happy": {"lav": 87.9}, "F1 sad": {"lav": 86.5}, "F1 angry": {"lav": 85.8},
                      "F1 neutral": {"lav": 70.5}}},
 }
+
+
+def learning_rate_factor(epoch: int) -> float:
+    """What the learning rate is multiplied by in epoch 0, 1, ...: it is constant."""
+    return 1.0
 
 
 def sinusoid(length: int, width: int, device=None) -> Tensor:
@@ -210,7 +219,11 @@ def both_ways(distance, complete: Tensor, missing: Tensor, to_missing: bool = Tr
 
 class UMDF(nn.Module):
     """dims: feature width of text, audio and vision. task: "regression" (one score) or "emotions" (four yes/no
-    decisions). A part that the config turns off is absent; all other parts start from the same weights."""
+    decisions). A part that the config turns off is absent; all other parts start from the same weights. There is one
+    stage; its best epoch is chosen on the sets beside its name."""
+
+    stages = {"train": SETS}
+    sees_missing, has_teacher, encode = True, False, None       # the network is its own teacher; streams interact
 
     def __init__(self, dims: dict[str, int], task: str, config: Config | None = None):
         super().__init__()
@@ -234,6 +247,15 @@ class UMDF(nn.Module):
             if not getattr(config, part):
                 delattr(self, part)
 
+    def begin(self, stage: str) -> None:
+        """There is one stage, in which everything learns."""
+        if stage not in self.stages:
+            raise ValueError(f"no stage {stage!r}: this model has {', '.join(self.stages)}")
+
+    def teacher_outputs(self, complete: dict[str, Tensor], real: dict[str, Tensor] | None = None) -> tuple:
+        """Nothing: no frozen teacher."""
+        return ()
+
     def interact(self, f: dict[str, Tensor], real: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """MCIM, (3) and (4): m -> F_m (B, T_m, d) gives m -> Z_m (B, T_m, d)."""
         if self.config.coarse:
@@ -255,32 +277,35 @@ class UMDF(nn.Module):
         e = self.filtering(e).sigmoid() * e
         return torch.cat([pool(part, real and real[m]) for m, part in zip(STREAMS, e.chunk(3, dim=-1))], dim=-1)
 
-    def answer(self, streams: dict[str, Tensor], real: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """H (B, 3d), and y of (7): (B, 1) for regression, logits (B, 4, 2) for emotions."""
+    def represent(self, streams: dict[str, Tensor], real: dict[str, Tensor] | None = None) -> Tensor:
+        """H (B, 3d), (1) to (6)."""
         lengths = [streams[m].shape[1] for m in STREAMS]
         if self.config.aligned and len(set(lengths)) > 1:
             raise ValueError(f"streams of {lengths} frames are not aligned: build the model with Config(aligned=False)")
         f = {m: self.encoders[m](streams[m], real and real[m]) for m in STREAMS}
-        h = self.integrate(self.interact(f, real), real)
+        return self.integrate(self.interact(f, real), real)
+
+    def classify(self, h: Tensor) -> Tensor:
+        """y of (7): H (B, 3d) -> sentiment (B, 1) or logits (B, 4, 2)."""
         y = self.head(h)
-        return h, y if self.task == "regression" else y.unflatten(-1, (-1, 2))
+        return y if self.task == "regression" else y.unflatten(-1, (-1, 2))
 
     def forward(self, text: Tensor, audio: Tensor, vision: Tensor, real: dict[str, Tensor] | None = None) -> Tensor:
         """Sentiment (B, 1) or logits (B, 4, 2) of clips whose missing frames are zeros. Streams (B, T_m, d_m);
         real: m -> (B, T_m) bool, True = not padding; None = no padding."""
-        return self.answer({"text": text, "audio": audio, "vision": vision}, real)[1]
+        return self.classify(self.represent({"text": text, "audio": audio, "vision": vision}, real))
 
     def losses(self, complete: dict[str, Tensor], missing: dict[str, Tensor], target: Tensor,
-               real: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+               real: dict[str, Tensor] | None = None, teacher: tuple | None = None) -> dict[str, Tensor]:
         """The loss terms, unweighted, and their weighted sum "total" (10).
 
         complete, missing: m -> (B, T_m, d_m), the same clips whole and with missing frames zeroed; target: sentiment
-        (B,) for regression, classes (B, 4) of 0 and 1 for emotions.
+        (B,) for regression, classes (B, 4) of 0 and 1 for emotions. teacher is not used: there is none.
         """
         c = self.config
         both = {m: torch.cat((complete[m], missing[m])) for m in STREAMS}           # two passes in one, (2B, T_m, d_m)
-        h, y = self.answer(both, real and {m: torch.cat((real[m], real[m])) for m in STREAMS})
-        (h_c, h_m), (y_c, y_m) = h.chunk(2), y.chunk(2)
+        h = self.represent(both, real and {m: torch.cat((real[m], real[m])) for m in STREAMS})
+        (h_c, h_m), (y_c, y_m) = h.chunk(2), self.classify(h).chunk(2)
 
         def task(y: Tensor) -> Tensor:
             if self.task == "regression":
@@ -297,3 +322,6 @@ class UMDF(nn.Module):
         weights = {"task_complete": 1.0, "task_missing": 1.0, "rep": c.rep, "resp": c.resp}
         terms["total"] = sum(weights[name] * term for name, term in terms.items())                  # (10)
         return terms
+
+
+Model = UMDF

@@ -232,10 +232,10 @@ def test_each_ablation_changes_what_it_names_and_nothing_else():
         assert set(got) == terms | {"total"}
         changed = {"task"} if name == "teacher" else {"scd", "scd_active"} if name == "scd_raw" else set()
         assert all(torch.equal(got[k], reference[k]) for k in terms - changed - {"kl"}), name
-    assert model_of().stages == ("teacher", "student")
-    assert model_of(**corrkd.ABLATIONS["no_distillation"]).stages == ("student",)
+    assert model_of().stages == {"teacher": ("lav",), "student": corrkd.SETS}
+    assert model_of(**corrkd.ABLATIONS["no_distillation"]).stages == {"student": corrkd.SETS}
     teacher = model_of(**corrkd.ABLATIONS["teacher"])
-    assert teacher.stages == ("teacher",) and teacher.network is teacher.teacher
+    assert teacher.stages == {"teacher": corrkd.SETS} and teacher.network is teacher.teacher
     raw = model_of(dropout=0.0, scd_raw=True)
     h, h_t = raw.student(missing, real)[0], raw.teacher(complete, real)[0]
     assert torch.equal(raw.losses(complete, missing, target, real)["scd"], corrkd.sample_contrastive(h, h_t, 1.2))

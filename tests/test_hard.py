@@ -22,8 +22,7 @@ import data
 import eval as evaluation
 import train
 from data import SPLITS, STREAMS, DataError
-from test_data import Call, content, written
-from test_programs import ROOT, begun, equal, history, learnable, parameters, run
+from helpers import ROOT, Call, begun, content, equal, history, learnable, parameters, run, written
 
 # ------------------------------------------------------------------------------------- hostile pickles
 
@@ -85,7 +84,7 @@ HOSTILE = {
     "a number of a million digits": (b"I" + b"9" * 10 ** 6 + b"\n.", "ValueError"),
     "huge keys": (b"\x80\x02}\x8b" + struct.pack("<I", 10 ** 5) + b"\x7f" * 10 ** 5 + b"I1\ns.", "a dict of int"),
     "lists of lists of lists": (pickle.dumps({s: {"text": nested(40, 10)} for s in SPLITS}), "deeper than any data set"),
-    "a wide memo bomb": (pickle.dumps({s: {"text": nested(4, 1000)} for s in SPLITS}), "more values than the file has bytes"),
+    "a wide memo bomb": (pickle.dumps({s: {"text": nested(4, 1000)} for s in SPLITS}), "more values than it has bytes"),
     "a list that holds itself": (inside(b"]q\x00h\x00a"), "deeper"),
     "deep nesting": (b"\x80\x02" + b"]" * 10 ** 5 + b"a" * (10 ** 5 - 1) + b".", "holds a list"),
     "array of 10^13 values": (pickle.dumps({"train": Call(np.ndarray.__reduce__(np.zeros(0))[0], (np.ndarray, (10 ** 13,), b"b"))}), ""),
@@ -94,7 +93,7 @@ HOSTILE = {
     "dtype with fields": (pickle.dumps(np.zeros(3, [("a", "f4"), ("b", "O")])), "type"),
     "dtype of a terabyte": (inside(b"cnumpy.core.multiarray\n_reconstruct\n(tR(I1\n(I1\ntcnumpy\ndtype\n(VS1099511627776\ntRI00\nC\x04abcdtb"), ""),
     "array without data": (inside(b"cnumpy.core.multiarray\n_reconstruct\n(tR"), "without data"),
-    "field name with a terminal's commands": (b"\x80\x02}" + b"".join(b"X" + struct.pack("<I", len(s)) + s.encode() + b"}X\x09\x00\x00\x00\x1b]0;hi\x07\n\nK\x01ss" for s in SPLITS) + b".", "no short word"),
+    "split's name with a terminal's commands": (b"\x80\x02}X\x09\x00\x00\x00\x1b]0;hi\x07\n\nK\x01s.", "a dict of"),
 }
 SHELLS = {f"protocol {p}: {name}": (pickle.dumps({**content(), "extra": what}, protocol=p), said) for p in range(6) for name, what, said in (
     ("os.system", Call(os.system, ("touch GOTCHA",)), "system"), ("in an object array", np.array([1, Call(os.system, ("touch GOTCHA",))], dtype=object), "system"),
@@ -232,7 +231,7 @@ def uninterrupted(tmp_path_factory):
 
 def same_end(folder, whole):
     """Log, best checkpoint, last checkpoint and results are those of the run that nobody stopped."""
-    a, b = (f / "runs" / "corrkd-mosi-s1" for f in (folder, whole))
+    a, b = (f / "runs" / "mosi/corrkd/s1" for f in (folder, whole))
     assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes() and {p.name for p in a.iterdir()} == {p.name for p in b.iterdir()}
     for name in ("best.pt", "last.pt"):
         x, y = (torch.load(f / name, weights_only=True) for f in (a, b))
@@ -240,7 +239,7 @@ def same_end(folder, whole):
     results = []
     for f in (a, b):
         assert evaluation.main([str(f), "--rates", "0", "0.5", "1", "--data-dir", str(whole / "data")]) == 0
-        results.append({k: v for k, v in json.loads((f / "results.json").read_text()).items() if k not in ("checkpoint_sha256", "trained_on", "data")})
+        results.append({k: v for k, v in json.loads((f / "results.json").read_text()).items() if k not in ("checkpoint_sha256", "run", "data")})
         (f / "results.json").unlink()
     assert results[0] == results[1]
 
@@ -262,7 +261,7 @@ def test_a_kill_while_a_file_is_written(uninterrupted, tmp_path, name, moment, o
     """At the second and at the last write of each file (the first ones of best.pt, the only one of config.json), then the
     same command again."""
     (tmp_path / "data").symlink_to(uninterrupted / "data")
-    last = tmp_path / "runs" / "corrkd-mosi-s1" / "last.pt"
+    last = tmp_path / "runs" / "mosi/corrkd/s1" / "last.pt"
     for nth in (1,) if name == "config.json" else (1, 1) if name == "best.pt" else (2, None):
         if nth is None:
             nth = 10 - len(torch.load(last, weights_only=True)["history"])      # five epochs in each of two stages
@@ -279,7 +278,7 @@ def test_a_kill_while_a_file_is_written(uninterrupted, tmp_path, name, moment, o
                 if moment == "renamed":
                     replace(a, b)
                 os.kill(os.getpid(), signal.SIGKILL)
-            evaluation.os.replace = stopping
+            data.os.replace = stopping
         child = in_child(tmp_path, before)
         child.join(120)
         assert child.exitcode == -signal.SIGKILL
@@ -307,7 +306,7 @@ def test_thirty_kills_at_random_moments(uninterrupted, tmp_path, one_thread):
             killed += 1
         elif child.exitcode == 0:       # it came to its end before it was killed often enough: once more from the beginning
             same_end(tmp_path, uninterrupted)
-            for path in (tmp_path / "runs" / "corrkd-mosi-s1").iterdir():
+            for path in (tmp_path / "runs" / "mosi/corrkd/s1").iterdir():
                 path.unlink()
     child = in_child(tmp_path)
     child.join(120)
@@ -318,14 +317,14 @@ def test_thirty_kills_at_random_moments(uninterrupted, tmp_path, one_thread):
 @posix
 def test_a_second_process_in_a_run_folder_is_refused(uninterrupted, tmp_path, one_thread, capsys):
     (tmp_path / "data").symlink_to(uninterrupted / "data")
-    (tmp_path / "runs" / "corrkd-mosi-s1").mkdir(parents=True)
+    (tmp_path / "runs" / "mosi/corrkd/s1").mkdir(parents=True)
     import fcntl
-    held = os.open(tmp_path / "runs" / "corrkd-mosi-s1", os.O_RDONLY)
+    held = os.open(tmp_path / "runs" / "mosi/corrkd/s1", os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     for more in ((), ("--no-resume",)):
         assert short(tmp_path, *more) == 2
         error = capsys.readouterr().err
-        assert "in use by another process" in error and len(error.splitlines()) == 1 and not list((tmp_path / "runs" / "corrkd-mosi-s1").iterdir())
+        assert "in use by another process" in error and len(error.splitlines()) == 1 and not list((tmp_path / "runs" / "mosi/corrkd/s1").iterdir())
     os.close(held)
     child = in_child(tmp_path)
     child.join(120)
@@ -346,19 +345,19 @@ def one_thread():
 def test_a_disk_that_is_full_and_a_folder_that_vanishes(uninterrupted, tmp_path, one_thread, monkeypatch, capsys):
     """/dev/full answers as a full disk does; the last good checkpoint stays, and the same command goes on later."""
     (tmp_path / "data").symlink_to(uninterrupted / "data")
-    folder, store = tmp_path / "runs" / "corrkd-mosi-s1", train.Run.store
+    folder, store = tmp_path / "runs" / "mosi/corrkd/s1", train.store
 
-    def filling(self, optimizer):
-        if len(self.history) == 7:
-            (folder / "last.pt.tmp").symlink_to("/dev/full")
-        store(self, optimizer)
+    def filling(folder, state, best):
+        if len(state["history"]) == 7:
+            (folder / f"last.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
+        store(folder, state, best)
     if os.path.exists("/dev/full"):
-        monkeypatch.setattr(train.Run, "store", filling)
+        monkeypatch.setattr(train, "store", filling)
         assert short(tmp_path) == 2
         error = capsys.readouterr().err
         assert "last.pt cannot be written: No space left on device" in error and len(error.splitlines()) == 1
         assert len(history(tmp_path)) == 6 and torch.load(folder / "last.pt", weights_only=True)["epoch"] == 1 and not list(folder.glob("*.tmp"))
-    monkeypatch.setattr(train.Run, "store", lambda self, optimizer: (folder.rename(tmp_path / "away"), store(self, optimizer)) if len(self.history) == 8 else store(self, optimizer))
+    monkeypatch.setattr(train, "store", lambda f, state, best: (folder.rename(tmp_path / "away") if len(state["history"]) == 8 else None, store(f, state, best)))
     assert short(tmp_path) == 2
     error = capsys.readouterr().err
     assert "cannot be written: No such file or directory" in error and len(error.splitlines()) == 1
@@ -374,25 +373,28 @@ def test_a_checkpoint_that_does_not_belong_is_refused(uninterrupted, tmp_path, c
     """In a run folder (to go on from, or as the run that is evaluated), each told in a sentence."""
     (tmp_path / "data").symlink_to(uninterrupted / "data")
     assert run(tmp_path, epochs="1") == 0 and run(tmp_path, epochs="1", method="umdf") == 0
-    folder, other = (tmp_path / "runs" / f"{m}-mosi-s1" for m in ("corrkd", "umdf"))
+    folder, other = (tmp_path / "runs" / f"mosi/{m}/s1" for m in ("corrkd", "umdf"))
     good = {name: (folder / name).read_bytes() for name in ("best.pt", "last.pt")}
     own = torch.load(folder / "best.pt", weights_only=True)
 
     def altered(**changes):
-        torch.save({**torch.load(folder / "last.pt", weights_only=True), **changes}, tmp_path / "altered.pt")
+        last = torch.load(folder / "last.pt", weights_only=True)
+        record = {k: changes.pop(k) for k in list(changes) if k in last["run"]}
+        torch.save({**last, "run": {**last["run"], **record}, **changes}, tmp_path / "altered.pt")
         return (tmp_path / "altered.pt").read_bytes()
-    wide = {**own["dims"], "text": 7}
+    wide = {**own["run"]["dims"], "text": 7}
     for raw, said in (((other / "last.pt").read_bytes(), "differs in method"), (altered(dims=wide), "differs in dims"), (altered(dataset="mosei"), "differs in dataset"),
-                      (altered(data={"sha256": "other"}), "data file"), (good["best.pt"], "not what a run leaves to go on from"), (good["last.pt"][:-300], "damaged"),
-                      (altered(model={"x": torch.zeros(1)}, epoch=0), "does not fit corrkd.py"), (altered(config=5), "no checkpoint of train.py")):
+                      (altered(data={"sha256": "other"}), "data file"), (good["best.pt"], "of another version"), (good["last.pt"][:-300], "damaged"),
+                      (altered(model={"x": torch.zeros(1)}, epoch=0, finished=False), "does not fit corrkd.py"), (altered(config=5), "no checkpoint of this version"),
+                      (altered(format=1), "no checkpoint of this version")):
         (folder / "last.pt").write_bytes(raw)
         assert run(tmp_path, epochs="1") == 2, said
         error = capsys.readouterr().err
         assert said in error and len(error.splitlines()) == 1, (said, error)
         (folder / "last.pt").write_bytes(good["last.pt"])
     for changes, said in (({"dims": wide}, "does not fit corrkd.py"), ({"method": "umdf"}, "does not fit umdf.py"), ({"model": {}}, "does not fit"), ({"data": 5}, "no checkpoint of"),
-                          ({"dataset": "meld"}, "no checkpoint of"), ({"dataset": "iemocap"}, "four yes/no"), ({"config": {"depth": 3}}, "does not fit")):
-        torch.save({**own, **changes}, folder / "best.pt")
+                          ({"dataset": "meld"}, "no checkpoint of"), ({"dataset": "iemocap"}, "four yes/no"), ({"config": {"depth": 3}}, "does not fit"), ({"format": 1}, "no checkpoint of")):
+        torch.save({**own, **changes} if "model" in changes else {**own, "run": {**own["run"], **changes}}, folder / "best.pt")
         assert evaluation.main([str(folder)]) == 2, said
         error = capsys.readouterr().err
         assert said in error and len(error.splitlines()) == 1, (said, error)
@@ -404,13 +406,13 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     torch.save({"method": "corrkd", "model": Call(os.system, ("touch GOTCHA",))}, tmp_path / "run" / "best.pt")
-    assert evaluation.main(["run"]) == 2 and "damaged or no checkpoint" in capsys.readouterr().err and not (tmp_path / "GOTCHA").exists()
+    assert evaluation.main(["run"]) == 2 and "more than tensors and plain values" in capsys.readouterr().err and not (tmp_path / "GOTCHA").exists()
 
 
 @pytest.mark.parametrize("seed", some([(0,)], (0,), (1,), (2,)))
 def test_a_damaged_checkpoint_is_told_in_a_sentence(uninterrupted, tmp_path, seed, capsys):
     """Each outcome is a table or a sentence; a checkpoint that still loads may hold other weights, which its SHA-256 in results.json tells."""
-    whole, draw, codes = (uninterrupted / "runs" / "corrkd-mosi-s1" / "best.pt").read_bytes(), random.Random(seed), []
+    whole, draw, codes = (uninterrupted / "runs" / "mosi/corrkd/s1" / "best.pt").read_bytes(), random.Random(seed), []
     (tmp_path / "run").mkdir()
     for _ in range(12):
         (tmp_path / "run" / "best.pt").write_bytes(damage(whole, draw))
@@ -458,11 +460,11 @@ def test_extreme_but_finite_data(tmp_path, name, method, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run(tmp_path, epochs="1", method=method) == 0
-        assert evaluation.main([str(tmp_path / "runs" / f"{method}-mosi-s1"), "--rates", "0", "0.5", "1"]) == 0
+        assert evaluation.main([str(tmp_path / "runs" / f"mosi/{method}/s1"), "--rates", "0", "0.5", "1"]) == 0
     said = capsys.readouterr()
     assert said.err == "" and ("have the id of another one" in said.out) == (name == "the same clip")
-    assert all(np.isfinite(list(h["losses"].values())).all() for h in history(tmp_path, f"{method}-mosi-s1"))
-    assert all(p.isfinite().all() for p in parameters(tmp_path, f"{method}-mosi-s1").values())
+    assert all(np.isfinite(list(h["losses"].values())).all() for h in history(tmp_path, f"mosi/{method}/s1"))
+    assert all(p.isfinite().all() for p in parameters(tmp_path, f"mosi/{method}/s1").values())
 
 
 @pytest.mark.parametrize("method", ["corrkd", "umdf", "double_flow"])
@@ -492,7 +494,7 @@ def test_the_test_split_has_no_say_in_the_other_methods(tmp_path, method):
     written(tmp_path / "b" / "data", made)
     for f in ("a", "b"):
         assert run(tmp_path / f, method=method) == 0
-    name = f"{method}-mosi-s1"
+    name = f"mosi/{method}/s1"
     assert history(tmp_path / "a", name) == history(tmp_path / "b", name) and equal(parameters(tmp_path / "a", name), parameters(tmp_path / "b", name))
 
 
@@ -514,7 +516,7 @@ def test_neither_the_evaluations_batches_nor_the_threads_matter(tmp_path, method
         args = ["--method", method, "--dataset", "mosi", "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / name), "--epochs", "2", "--batch-size", "16",
                 "--device", "cpu", "--seeds", "1"]
         assert train.main(args) == 0
-        folder = tmp_path / name / f"{method}-mosi-s1"
+        folder = tmp_path / name / f"mosi/{method}/s1"
         assert evaluation.main([str(folder), "--rates", "0", "0.5"]) == 0
         ends.append((json.loads((folder / "results.json").read_text())["conditions"], torch.load(folder / "best.pt", weights_only=True)["model"]))
     torch.set_num_threads(before)
@@ -551,7 +553,7 @@ def test_a_stop_from_the_keyboard_takes_less_than_a_second(tmp_path):
 def test_a_stop_while_reading_or_evaluating_is_told_in_a_line(monkeypatch, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt
-    monkeypatch.setattr(evaluation, "collect", stop)
+    monkeypatch.setattr(evaluation, "run_folders", stop)
     assert evaluation.main(["runs/some"]) == 130 and "stopped; " in capsys.readouterr().err
     monkeypatch.setattr(data, "check", stop)
     assert data.main(["check", "some.pkl"]) == 130 and capsys.readouterr().err == "\nstopped\n"

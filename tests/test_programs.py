@@ -22,25 +22,7 @@ import eval as evaluation
 import train
 import umdf
 from data import SPLITS, STREAMS
-from test_data import content, feature_folders, written
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def learnable(**changes):
-    """A small pickle whose text tells the label; 40 clips a split, unless changed."""
-    made = content(**{"n": 40, **changes})
-    for f in made.values():
-        y = f["labels"].reshape(len(f["labels"]), -1)
-        sign = np.sign(y[:, 0]) if y.shape[1] == 1 else f["labels"][:, 1, 1] * 2 - 1
-        f["text"][..., 0] = np.where(f["text"].any(-1), sign[:, None] + .1, 0)
-    return made
-
-
-def run(folder, *more, seeds=("1",), epochs="2", dataset="mosi", method="corrkd"):
-    """train.main on folder/data, runs in folder/runs, in process."""
-    return train.main(["--method", method, "--dataset", dataset, "--data-dir", str(folder / "data"), "--out", str(folder / "runs"),
-                       "--epochs", epochs, "--lr", "0.004", "--batch-size", "16", "--device", "cpu", "--seeds", *seeds, *more])
+from helpers import ROOT, begun, content, equal, feature_folders, history, learnable, parameters, program, run, written
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +35,6 @@ def trained(tmp_path_factory):
     written(folder / "data", made)
     assert run(folder, seeds=("1", "2"), epochs="3") == 0 and run(folder, "--ablate", "no_scd", seeds=("1",), epochs="3") == 0
     return folder
-
-
-def history(folder, name="corrkd-mosi-s1"):
-    return [json.loads(line) for line in (folder / "runs" / name / "log.jsonl").read_text().splitlines()]
-
-
-def parameters(folder, name="corrkd-mosi-s1"):
-    return torch.load(folder / "runs" / name / "best.pt", weights_only=True)["model"]
-
-
-def equal(a, b):
-    return all(torch.equal(a[k], b[k]) for k in a | b)
 
 
 # ------------------------------------------------------------------------------------- metrics
@@ -120,8 +90,8 @@ def test_metrics_of_hard_regressions_are_quiet():
 
 
 def test_a_correlation_that_is_not_defined_stays_so_in_the_table():
-    got = evaluation.summary([.5, float("nan"), .7])
-    assert np.isnan(got["mean"]) and np.isnan(got["std"]) and got["n"] == 3 and evaluation.cell(got, 4) == "nan±nan"
+    got, = evaluation.records("sets", "Corr", "ours", "x", {"l": [.5, float("nan"), .7]})
+    assert np.isnan(got["mean"]) and np.isnan(got["std"]) and got["n"] == 3 and evaluation.cell(got) == "nan±nan"
 
 
 def test_the_constant_predictor_of_each_task():
@@ -166,8 +136,13 @@ def test_a_method_without_separate_streams_is_evaluated_by_full_passes(tmp_path)
     model = corrkd.CorrKD({m: split[m].shape[2] for m in STREAMS}, "polarity").eval()
 
     class Joint(torch.nn.Module):
-        def forward(self, text, audio, vision, real):
-            return model(text, audio, vision, real)
+        encode = None
+
+        def represent(self, streams, real):
+            return model.represent(streams, real)
+
+        def classify(self, h):
+            return model.classify(h)
 
     for (_, a, _), (_, b, _) in zip(evaluation.predict(Joint(), split, [*data.SETS, .5], "test", 0, 7), evaluation.predict(model, split, [*data.SETS, .5], "test")):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
@@ -176,7 +151,7 @@ def test_a_method_without_separate_streams_is_evaluated_by_full_passes(tmp_path)
 # ------------------------------------------------------------------------------------- training
 
 def test_a_run_learns_and_leaves_what_the_help_says(trained):
-    folder = trained / "runs" / "corrkd-mosi-s1"
+    folder = trained / "runs" / "mosi/corrkd/s1"
     assert {p.name for p in folder.iterdir()} - {"results.json"} == {"config.json", "log.jsonl", "best.pt", "last.pt"}
     lines = history(trained)
     assert [(h["stage"], h["epoch"]) for h in lines] == [(s, e) for s in ("teacher", "student") for e in (1, 2, 3)]
@@ -184,46 +159,48 @@ def test_a_run_learns_and_leaves_what_the_help_says(trained):
     assert set(lines[-1]["losses"]) == {"task", "scd", "scd_active", "cpd", "rcd", "total"} and 0 <= lines[-1]["losses"]["scd_active"] <= 1
     best = max(lines[3:], key=lambda h: h["score"])
     checkpoint = torch.load(folder / "best.pt", weights_only=True)
-    assert checkpoint["epoch"] == best["epoch"] and checkpoint["config"]["lr"] == 4e-3
+    assert checkpoint["epoch"] == best["epoch"] and checkpoint["run"]["config"]["lr"] == 4e-3
     assert best["score"] == pytest.approx(statistics.fmean(best["valid"][c]["F1"] for c in data.SETS))
     assert best["valid"]["l"]["n"] == 30 and best["valid"]["l"]["F1"] > 90
     torch.load(folder / "last.pt", weights_only=True)
     config = json.loads((folder / "config.json").read_text())
-    assert config["data"]["sha256"] == data.sha256(trained / "data" / "mosi_data.pkl") and config["commit"] and config["versions"]["torch"]
+    assert config["run"]["data"]["sha256"] == data.sha256(trained / "data" / "mosi_data.pkl") and config["commit"] and config["versions"]["torch"]
+    assert checkpoint["run"] == config["run"] == torch.load(folder / "last.pt", weights_only=True)["run"]      # one record, whole in each
 
 
 def test_two_runs_are_bit_equal_and_seeds_differ(trained, tmp_path):
     (tmp_path / "data").symlink_to(trained / "data")
     run(tmp_path, epochs="3")
     for name in ("log.jsonl", "best.pt", "last.pt"):
-        a, b = ((f / "runs" / "corrkd-mosi-s1" / name).read_bytes() for f in (trained, tmp_path))
+        a, b = ((f / "runs" / "mosi/corrkd/s1" / name).read_bytes() for f in (trained, tmp_path))
         assert a == b.replace(str(tmp_path).encode(), str(trained).encode()) or name.endswith("pt") and equal(parameters(trained), parameters(tmp_path))
-    assert not equal(parameters(trained), parameters(trained, "corrkd-mosi-s2"))
+    assert not equal(parameters(trained), parameters(trained, "mosi/corrkd/s2"))
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
 def test_an_interrupted_run_ends_as_if_never_interrupted(trained, tmp_path, monkeypatch, capsys, stop_after):
     """Stopped in the middle of the epoch after this many, in the teacher's stage, between the stages, in the student's."""
     (tmp_path / "data").symlink_to(trained / "data")
-    whole, calls = train.Run.step_loss, []
+    whole, store, done = train.Clips.losses, train.store, {"epochs": 0, "steps": 0}
 
-    def stopping(self, *args):
-        calls.append(len(self.history))
-        if len(self.history) == stop_after and calls.count(stop_after) == 2:
+    def stopping(self, model, rows):
+        done["steps"] += 1
+        if done["epochs"] == stop_after and done["steps"] == 2:
             raise KeyboardInterrupt
-        return whole(self, *args)
+        return whole(self, model, rows)
 
-    monkeypatch.setattr(train.Run, "step_loss", stopping)
+    monkeypatch.setattr(train.Clips, "losses", stopping)
+    monkeypatch.setattr(train, "store", lambda *a: (store(*a), done.update(epochs=done["epochs"] + 1, steps=0)))
     assert run(tmp_path, epochs="3") == 130
     said = capsys.readouterr().err
     assert "the same command goes on" in said and len(history(tmp_path)) == stop_after
-    monkeypatch.setattr(train.Run, "step_loss", whole)
+    monkeypatch.undo()
     assert run(tmp_path, epochs="3") == 0
     assert history(tmp_path) == history(trained) and equal(parameters(tmp_path), parameters(trained))
 
 
 def test_a_finished_run_is_not_run_again_and_another_configuration_is_refused(trained, capsys):
-    path = trained / "runs" / "corrkd-mosi-s1" / "last.pt"
+    path = trained / "runs" / "mosi/corrkd/s1" / "last.pt"
     before = path.stat().st_mtime_ns
     assert run(trained, epochs="3") == 0 and "finished already" in capsys.readouterr().out
     for change, said in ((("--lr", "0.1"), "differs in lr"), (("--limit", "20"), "differs in limit"), (("--no-normalize",), "differs in normalize")):
@@ -254,26 +231,29 @@ def test_the_test_split_has_no_say(trained, tmp_path):
 def test_a_model_that_only_gets_worse_still_leaves_its_first_epoch(tmp_path, monkeypatch):
     written(tmp_path / "data", learnable())
     falling = iter(range(0, -100, -1))
+    monkeypatch.setattr(evaluation, "fit_linear", lambda *a: None)
     monkeypatch.setattr(evaluation, "score", lambda result: next(falling))
     run(tmp_path)
-    assert torch.load(tmp_path / "runs" / "corrkd-mosi-s1" / "best.pt", weights_only=True)["epoch"] == 1
+    assert torch.load(tmp_path / "runs" / "mosi/corrkd/s1" / "best.pt", weights_only=True)["epoch"] == 1
 
 
 def test_the_student_learns_from_the_best_teacher(tmp_path, monkeypatch):
     """The teacher of the student's stage is that of its best epoch, not of its last; it does not move again."""
     written(tmp_path / "data", learnable())
-    scores, teachers = iter([5, 9, 1, 1, 2, 3]), []
+    scores, teachers, store = iter([5, 9, 1, 1, 2, 3]), [], train.store
+    monkeypatch.setattr(evaluation, "fit_linear", lambda *a: None)
     monkeypatch.setattr(evaluation, "score", lambda result: next(scores))
-    note = train.Run.note
-    monkeypatch.setattr(train.Run, "note", lambda self, *a: (teachers.append({k: v.clone() for k, v in self.model.teacher.state_dict().items()}), note(self, *a))[1])
+    monkeypatch.setattr(train, "store", lambda folder, state, best: (teachers.append({k: v.clone() for k, v in state["model"].items() if k.startswith("teacher.")}),
+                                                                     store(folder, state, best)))
     run(tmp_path, epochs="3")
     assert equal(teachers[3], teachers[1]) and equal(teachers[5], teachers[1]) and not equal(teachers[2], teachers[1])
 
 
 def test_training_masks_are_drawn_anew_in_every_epoch(tmp_path, monkeypatch):
     written(tmp_path / "data", learnable())
-    step, masks, clips, drawn = train.Run.step_loss, data.training_masks, [], []
-    monkeypatch.setattr(train.Run, "step_loss", lambda self, index, fixed: (clips.append(index.tolist()), step(self, index, fixed))[1])
+    step, masks, clips, drawn = train.Clips.losses, data.training_masks, [], []
+    monkeypatch.setattr(evaluation, "fit_linear", lambda *a: None)
+    monkeypatch.setattr(train.Clips, "losses", lambda self, model, rows: (clips.append(rows.tolist()), step(self, model, rows))[1])
     monkeypatch.setattr(data, "training_masks", lambda *a: (drawn.append(masks(*a)), drawn[-1])[1])
     run(tmp_path, "--ablate", "no_distillation")
     epochs = [{}, {}]
@@ -285,59 +265,73 @@ def test_training_masks_are_drawn_anew_in_every_epoch(tmp_path, monkeypatch):
     assert sum(epochs[0][clip] != epochs[1][clip] for clip in range(40)) > 34
 
 
-def test_ablations_share_their_start(tmp_path, capsys):
-    """The student of every ablation begins with the same weights, masks and batches: without the teacher's terms its
-    first task loss is the same."""
+def test_ablations_share_their_start(tmp_path, monkeypatch):
+    """The student of every ablation begins with the same weights, random state, masks and batches, whatever came before."""
     written(tmp_path / "data", learnable())
-    first = {}
-    for name in ("", "no_scd", "no_distillation"):
-        args = train.parse(["--method", "corrkd", "--dataset", "mosi", "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path)])
-        one = train.Run(args, name, 7, data.load("mosi", tmp_path / "data"), torch.device("cpu"))
-        one.stage = len(one.model.stages) - 1
-        one.model.begin("student")
-        torch.manual_seed(0), one.generator.manual_seed(0)
-        first[name] = float(one.step_loss(torch.arange(16), None)["task"].detach())
-    assert len(set(first.values())) == 1
+    first, whole = [], train.Clips.losses
+
+    def watch(self, model, rows):
+        if model.stage == "student" and not model.seen:
+            first.append((self.generator.get_state(), torch.get_rng_state(), rows, *model.student.state_dict().values()))
+            first[-1] = [v.clone() for v in first[-1]]
+            model.seen = True
+        return whole(self, model, rows)
+    monkeypatch.setattr(train.Clips, "losses", watch)
+    monkeypatch.setattr(corrkd.CorrKD, "seen", False, raising=False)
+    run(tmp_path, "--ablate", "all", epochs="1")
+    assert len(first) == 9          # all but the ablation `teacher`; two have another depth, so other weights
+    for other in first[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(first[0][:3], other))
+    assert sum(len(a) == len(first[0]) and all(map(torch.equal, a, first[0])) for a in first) == 7
 
 
 @pytest.mark.parametrize("method, ablation", [(m, a) for m, module in (("corrkd", corrkd), ("umdf", umdf), ("double_flow", double_flow)) for a in module.ABLATIONS])
 def test_every_ablation_trains_and_is_evaluated(tmp_path, method, ablation, capsys):
     written(tmp_path / "data", learnable(n=6))
     assert run(tmp_path, "--ablate", ablation, epochs="1", method=method) == 0
-    assert evaluation.main([str(tmp_path / "runs" / f"{method}-mosi-{ablation}-s1"), "--rates", "0", "0.5"]) == 0
+    assert evaluation.main([str(tmp_path / "runs" / f"mosi/{method}-{ablation}/s1"), "--rates", "0", "0.5"]) == 0
     assert f"{method} {ablation} on mosi" in capsys.readouterr().out
 
 
+@pytest.fixture
+def comparable(monkeypatch):
+    """The small made-up data counts as the papers': its sizes are the standard ones, its text as wide as the papers'."""
+    monkeypatch.setattr(data, "SIZES", dict.fromkeys(data.SIZES, (40, 40, 40)))
+    for module in evaluation.METHODS.values():
+        monkeypatch.setattr(module, "FEATURES", {"text": 6, "audio": 4, "vision": 3})
+
+
 @pytest.mark.parametrize("lengths", [(8, 8, 8), (8, 12, 10)])
-def test_a_regression_from_training_to_table(tmp_path, capsys, lengths):
+def test_a_regression_from_training_to_table(tmp_path, capsys, lengths, comparable):
     """UMDF on aligned and unaligned clips: learns, is chosen by MAE, and its table has the paper's two known cells."""
     made = learnable(lengths=lengths)
     written(tmp_path / "data", made)
     assert run(tmp_path, epochs="3", method="umdf") == 0
-    lines = history(tmp_path, "umdf-mosi-s1")
+    lines = history(tmp_path, "mosi/umdf/s1")
     assert lines[-1]["losses"]["task_complete"] < lines[0]["losses"]["task_complete"] and {h["stage"] for h in lines} == {"train"}
     best = max(lines, key=lambda h: h["score"])
     assert best["score"] == pytest.approx(-statistics.fmean(best["valid"][c]["MAE"] for c in data.SETS))
-    checkpoint = torch.load(tmp_path / "runs" / "umdf-mosi-s1" / "best.pt", weights_only=True)
-    assert checkpoint["epoch"] == best["epoch"] and checkpoint["config"]["aligned"] is (len(set(lengths)) == 1)
+    checkpoint = torch.load(tmp_path / "runs" / "mosi/umdf/s1" / "best.pt", weights_only=True)
+    assert checkpoint["epoch"] == best["epoch"] and checkpoint["run"]["config"]["aligned"] is (len(set(lengths)) == 1)
     assert best["valid"]["l"]["n"] == 40 and "valid MAE" in capsys.readouterr().out      # clips of label 0 count
-    assert evaluation.main([str(tmp_path / "runs" / "umdf-mosi-s1"), "--rates", "0", "0.5"]) == 0
-    rows = {tuple(line.replace("umdf paper", "paper").split()[:2]): line.replace("umdf paper", "paper").split()[2:]
-            for line in capsys.readouterr().out.split("Share of")[0].splitlines() if line.startswith(("F1", "MAE"))}
-    assert rows["F1", "paper"] == ["-"] * 7 + ["83.36"] and rows["MAE", "paper"] == ["-"] * 7 + ["0.7820"]
+    assert evaluation.main([str(tmp_path / "runs" / "mosi/umdf/s1"), "--rates", "0", "0.5"]) == 0
+    sets, rates = ({tuple(line.replace("umdf ", "").split("  ")[0].split()): line.split()[-1] for line in part.splitlines() if line.startswith(("F1", "MAE"))}
+                   for part in capsys.readouterr().out.split("Share of"))
+    assert sets["F1", "paper"] == "83.36" and sets["MAE", "paper"] == "0.7820" and sets["F1", "-", "paper"][0] in "+-"
+    assert ("F1", "-", "paper") in rates and ("MAE", "paper") in rates and "linear" in str(rates)
     y, median = made["test"]["labels"].ravel(), np.sort(made["train"]["labels"].ravel())[19]
-    assert float(rows["MAE", "constant"][0]) == pytest.approx(abs(y - median).mean(), abs=1e-4)
+    assert float(sets["MAE", "constant"]) == pytest.approx(abs(y - median).mean(), abs=1e-4)
 
 
 def test_an_aligned_run_refuses_an_unaligned_file(tmp_path, capsys):
     written(tmp_path / "data", learnable(n=20))
     written(tmp_path / "other", learnable(n=20, lengths=(8, 12, 10)))
     run(tmp_path, epochs="1", method="umdf")
-    assert evaluation.main([str(tmp_path / "runs" / "umdf-mosi-s1"), "--data-dir", str(tmp_path / "other")]) == 2
+    assert evaluation.main([str(tmp_path / "runs" / "mosi/umdf/s1"), "--data-dir", str(tmp_path / "other")]) == 2
     assert "unaligned streams" in capsys.readouterr().err
 
 
-def test_double_flow_from_training_to_the_papers_table(tmp_path, capsys):
+def test_double_flow_from_training_to_the_papers_table(tmp_path, capsys, comparable):
     """Warm-up and decay of the learning rate, selection on both flows, the two columns, and what stands in for text."""
     written(tmp_path / "data", learnable(), "mosei_senti_data.pkl")
     seen, step = [], torch.optim.Adam.step
@@ -347,18 +341,18 @@ def test_double_flow_from_training_to_the_papers_table(tmp_path, capsys):
     finally:
         torch.optim.Adam.step = step
     assert [round(lr / .004, 6) for lr, _ in seen[::3]] == [.2, .4, .6, .8, 1, 1] and {decay for _, decay in seen} == {1e-5}
-    for line in history(tmp_path, "double_flow-mosei-s1"):
+    for line in history(tmp_path, "mosei/double_flow/s1"):
         assert line["score"] == pytest.approx(-(line["valid"]["lav"]["MAE"] + line["valid"]["av"]["MAE"]) / 2)
     said = capsys.readouterr().out
     assert "double_flow on mosei simulated text: learned from audio" in said
-    assert evaluation.main([str(tmp_path / "runs" / "double_flow-mosei-s1"), "--rates", "0", "0.5"]) == 0
+    assert evaluation.main([str(tmp_path / "runs" / "mosei/double_flow/s1"), "--rates", "0", "0.5"]) == 0
     out = capsys.readouterr().out
     first, second, third = (part.splitlines() for part in re.split("The paper's table|Available streams, an extension|Share of frames dropped", out)[1:])
     assert "simulated text: learned from audio" in out and first[1].split() == ["complete", "text", "missing"]
     assert [line.split()[-2:] for line in first if line.startswith("MAE double_flow paper")] == [["0.5060", "0.5503"]]
     for metric in ("F1", "MAE", "Acc-2", "Acc-7", "Corr"):
         assert any(line.startswith(f"{metric} double_flow (n=1)") for line in first), metric
-    results = json.loads((tmp_path / "runs" / "double_flow-mosei-s1" / "results.json").read_text())["conditions"]
+    results = json.loads((tmp_path / "runs" / "mosei/double_flow/s1" / "results.json").read_text())["conditions"]
     ours = next(line.split()[-2:] for line in first if line.startswith("MAE double_flow (n"))
     assert ours == [f"{results[c]['MAE']:.4f}" for c in ("lav", "av")]
     assert "not in the paper" in second[0] and "not in the paper" in third[0] and second[1].split()[0] == "{l}"
@@ -370,7 +364,7 @@ def test_simulated_text_in_a_pickle_is_named_by_both_programs(tmp_path, capsys):
         f["simulated_text"] = f["text"][..., ::-1].copy()
     written(tmp_path / "data", made)
     assert run(tmp_path, epochs="1", method="double_flow") == 0
-    assert evaluation.main([str(tmp_path / "runs" / "double_flow-mosi-s1"), "--protocol", "combos"]) == 0
+    assert evaluation.main([str(tmp_path / "runs" / "mosi/double_flow/s1"), "--protocol", "combos"]) == 0
     out = capsys.readouterr().out
     assert out.count("simulated text: from the data") == 2 and "learned from audio" not in out
 
@@ -389,23 +383,23 @@ def test_feature_folders_from_training_to_table(tmp_path, capsys):
     features = ["--features", *(f"{m}={d}" for m, d in where["features"].items()), "--labels", str(where["labels"])]
     base = ["--dataset", "mosei", "--out", str(tmp_path / "runs"), "--batch-size", "8", "--device", "cpu", "--seeds", "1", "--epochs", "2", *features]
     assert train.main(["--method", "double_flow", "--ablate", "no_mia", *base]) == 0
-    folder = tmp_path / "runs" / "double_flow-mosei-no_mia-s1"
+    folder = tmp_path / "runs" / "mosei/double_flow-no_mia/s1"
     assert "simulated text: from the data" in capsys.readouterr().out
     assert evaluation.main([str(folder), "--rates", "0", "1"]) == 0
     out, results = capsys.readouterr().out, json.loads((folder / "results.json").read_text())
-    assert "simulated text: from the data" in out and "WARNING" not in out and "5 features" not in out and "6 / 5 / 4 features" in out
+    assert "simulated text: from the data" in out and "WARNING" not in out and "text is 6 wide, not 4096" in out and "no linear row" in out
     assert results["conditions"]["lav"]["n"] == 8
     best = torch.load(folder / "best.pt", weights_only=True)
-    model = double_flow.DoubleFlow(best["dims"], "regression", double_flow.Config(mia="off"))
+    model = double_flow.DoubleFlow(best["run"]["dims"], "regression", double_flow.Config(mia="off"))
     model.load_state_dict(best["model"])
     torch.save({"state_dict": {f"model.{k}": v for k, v in official_names(model).items()}}, tmp_path / "published.pth")
     assert evaluation.main(["--official", str(tmp_path / "published.pth"), *features, "--rates", "0", "1", "--json", str(tmp_path / "t.json")]) == 0
     out = capsys.readouterr().out
-    assert "of the published checkpoint published.pth" in out and "MAE double_flow paper" in out
+    assert "of the published checkpoint published.pth" in out and "MAE double_flow (n=1)" in out
     measured = json.loads((tmp_path / "t.json").read_text())[0]["runs"][0]
-    assert measured["conditions"] == results["conditions"] and measured["constant"]["MAE"] == results["constant"]["MAE"]
+    assert measured["conditions"] == results["conditions"] and measured["constant"] == results["constant"]
     assert train.main(["--method", "corrkd", *base]) == 0 and train.main(["--method", "umdf", *base]) == 0      # the other methods too
-    assert evaluation.main([*(str(tmp_path / "runs" / f"{m}-mosei-s1") for m in ("corrkd", "umdf")), "--rates", "0"]) == 0
+    assert evaluation.main([*(str(tmp_path / "runs" / f"mosei/{m}/s1") for m in ("corrkd", "umdf")), "--rates", "0"]) == 0
     capsys.readouterr()
     torch.save({"state_dict": {"x": torch.zeros(1)}}, tmp_path / "other.pth")
     (tmp_path / "bad.pth").write_bytes(b"nothing")
@@ -431,7 +425,7 @@ def test_mistakes_with_features_are_told(tmp_path, arguments, said, capsys):
 def test_iemocap_with_four_heads(tmp_path, capsys, method):
     written(tmp_path / "data", learnable(emotions=True), "iemocap_data.pkl")
     assert run(tmp_path, dataset="iemocap", epochs="1", method=method) == 0
-    assert evaluation.main([str(tmp_path / "runs" / f"{method}-iemocap-s1"), "--protocol", "combos"]) == 0
+    assert evaluation.main([str(tmp_path / "runs" / f"iemocap/{method}/s1"), "--protocol", "combos"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[1] for line in out.splitlines() if f" {method} (n=1) " in line and line.startswith("F1")][-4:] == ["happy", "sad", "angry", "neutral"]
 
@@ -442,7 +436,7 @@ def test_unaligned_streams_and_a_stream_that_the_data_lacks(tmp_path, capsys):
         f["vision"][:] = 0
     written(tmp_path / "data", made)
     assert run(tmp_path, epochs="1") == 0
-    assert evaluation.main([str(tmp_path / "runs" / "corrkd-mosi-s1"), "--rates", "0", "0.5"]) == 0
+    assert evaluation.main([str(tmp_path / "runs" / "mosi/corrkd/s1"), "--rates", "0", "0.5"]) == 0
     assert capsys.readouterr().out.split()[-4:] == ["rate", "0.000", "0.500", "-"]    # vision has no frames, and no say
     assert all(np.isfinite(list(h["losses"].values())).all() for h in history(tmp_path))
 
@@ -468,10 +462,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tmp_path, monkeypa
 # ------------------------------------------------------------------------------------- tables
 
 def test_results_come_from_the_asked_split_and_do_not_depend_on_the_batch(trained, capsys):
-    folder, got = str(trained / "runs" / "corrkd-mosi-s1"), {}
+    folder, got = str(trained / "runs" / "mosi/corrkd/s1"), {}
     for more in ((), ("--batch-size", "7"), ("--split", "valid"), ("--mask-seed", "1")):
         assert evaluation.main([folder, *more]) == 0
-        got[more] = json.loads((trained / "runs" / "corrkd-mosi-s1" / "results.json").read_text())
+        got[more] = json.loads((trained / "runs" / "mosi/corrkd/s1" / "results.json").read_text())
     assert got[()]["conditions"] == got[("--batch-size", "7")]["conditions"]
     assert got[()]["conditions"]["l"]["n"] == 20 and got[("--split", "valid")]["conditions"]["l"]["n"] == 30
     assert got[()]["conditions"]["0.5"] != got[("--mask-seed", "1")]["conditions"]["0.5"]
@@ -481,141 +475,284 @@ def test_results_come_from_the_asked_split_and_do_not_depend_on_the_batch(traine
     share = max((y > 0).mean(), 1 - (y > 0).mean())
     majority = (learnable()["train"]["labels"] > 0).mean() > .5
     share = (y > 0).mean() if majority else (y < 0).mean()
-    assert got[()]["constant"]["F1"] == pytest.approx(100 * share * 2 * share / (1 + share))
+    assert got[()]["constant"]["av"]["F1"] == pytest.approx(100 * share * 2 * share / (1 + share))
+
+
+def results_of(seed, shift, ablation="", method="corrkd", **changes):
+    """What eval.py keeps of a run, with F1 that rise by the set and fall by the rate; changes are those of the record."""
+    module = evaluation.METHODS[method]
+    source = {"file": "x.pkl", "sha256": "a" * 64, "synthetic": False, "sizes": [1284, 229, 686], "notes": [],
+              "arguments": {"data_dir": "x.pkl", "synthetic": False, "features": None, "labels": None, "max_frames": 9}, **changes.pop("data", {})}
+    record = {"format": evaluation.FORMAT, "method": method, "dataset": "mosi", "task": module.TASKS["mosi"], "ablation": ablation, "seed": seed, "limit": None,
+              "normalize": True, "dims": {"text": 300, "audio": 74, "vision": 35}, "lacking": [], "constant": 1, "data": source,
+              "config": {**vars(module.PAPER["mosi"]), **module.ABLATIONS.get(ablation, {}), **changes.pop("config", {})}, **changes}
+    sets = {c: {"n": 9, "realised": dict.fromkeys(STREAMS, 0.0), "F1": 60.0 + k * k + shift} for k, c in enumerate(data.SETS)}
+    rates = {str(p): {"n": 9, "realised": {"text": p, "audio": p + .02, "vision": None}, "F1": 80.0 - 20 * p * p + shift} for p in (0.0, .2, 1.0)}
+    found = {c: v for c, v in {**sets, **rates}.items() if c in rates or c in data.answerable(data.SETS, record["lacking"])}
+    return {"run": record, "split": "test", "mask_seed": 0, "data": source, "conditions": found, "epoch": 1, "epochs_run": record["config"]["epochs"],
+            "checkpoint_sha256": "c", **{k: {c: {"F1": v} for c in found} for k, v in (("constant", 40.0), ("linear", 50.0))}}
+
+
+def table_of(groups, *more):
+    """(table, metric, kind, group, column) -> record of `tabulate`."""
+    rows = evaluation.tabulate(groups, evaluation.parse(["x", "--rates", "0", "0.2", "1", *more]))
+    return {tuple(r[k] for k in ("table", "metric", "kind", "group", "column")): r for r in rows}, rows
 
 
 def test_tables_against_cells_computed_by_hand():
-    """Two runs: mean, sample deviation, Avg. over six, difference to the paper, area by the trapezoidal rule."""
-    base = {"method": "corrkd", "dataset": "mosi", "ablation": "", "synthetic": False, "constant": {"F1": 40.0}}
-    made = []
-    for shift in (0.0, 3.0):
-        sets = {c: {"n": 9, "realised": {}, "F1": 60.0 + k + shift} for k, c in enumerate(data.SETS)}
-        rates = {str(p): {"n": 9, "realised": {"text": p, "audio": p + .02, "vision": None}, "F1": 80.0 - 20 * p + shift} for p in (0.0, .5, 1.0)}
-        made.append({**base, "conditions": {**sets, **rates}})
-    table = evaluation.table_of_sets(made)["F1"]
-    assert table["ours"]["l"] == {"mean": 61.5, "std": pytest.approx(4.5 ** .5), "n": 2}
-    assert table["ours"]["avg"]["mean"] == pytest.approx((60 + 61 + 62 + 63 + 64 + 65) / 6 + 1.5)
-    assert table["difference"]["l"] == pytest.approx(61.5 - 81.20) and table["paper"]["avg"] == 74.69
-    assert set(table["constant"].values()) == {40.0}
-    curve = evaluation.table_of_rates(made, [0.0, .5, 1.0])["F1"]
-    assert curve["ours"]["area"]["mean"] == pytest.approx(71.5) and curve["ours"]["0.5"]["mean"] == 71.5
-    assert curve["paper"] == {"0.0": 83.94, "0.5": None, "1.0": None} and curve["realised"]["0.5"] == pytest.approx(.51)
-    text = evaluation.show({"F1": table}, evaluation.TITLES, "text").splitlines()
+    """Two runs: mean, sample deviation, Avg. over six, difference to the paper, area by the trapezoidal rule at uneven rates."""
+    found, rows = table_of({"corrkd": [results_of(1, 0.0), results_of(2, 3.0)]})
+    get = lambda *key: found[key]["mean"]
+    one = found["sets", "F1", "ours", "corrkd", "a"]
+    assert (one["mean"], one["std"], one["n"]) == (62.5, pytest.approx(4.5 ** .5), 2)
+    assert get("sets", "F1", "ours", "corrkd", "avg") == pytest.approx((60 + 61 + 64 + 69 + 76 + 85) / 6 + 1.5)
+    assert get("sets", "F1", "difference", "corrkd", "l") == pytest.approx(61.5 - 81.20) and get("sets", "F1", "paper", "corrkd", "avg") == 74.69
+    assert get("sets", "F1", "constant", "", "avg") == pytest.approx(40) and get("sets", "F1", "linear", "", "lav") == 50
+    assert get("rates", "F1", "ours", "corrkd", "area") == pytest.approx((.2 * (80 + 79.2) / 2 + .8 * (79.2 + 60) / 2) + 1.5)
+    assert get("rates", "F1", "ours", "corrkd", "0.2") == pytest.approx(80.7) and get("rates", "", "realised", "", "0.2") == pytest.approx(.21)
+    assert get("rates", "F1", "paper", "corrkd", "0.0") == 83.94 and get("rates", "F1", "difference", "corrkd", "0.0") == pytest.approx(81.5 - 83.94)
+    assert not any(key[2] == "paired" for key in found) and ("rates", "F1", "paper", "corrkd", "0.2") not in found
+    text = evaluation.show(rows, "sets", ["F1"], evaluation.TITLES, "text").splitlines()
     assert text[0].split() == ["{l}", "{a}", "{v}", "{l,a}", "{l,v}", "{a,v}", "Avg.", "{l,a,v}"]
-    assert text[1].split()[:4] == ["F1", "ours", "(n=2)", "61.50±2.12"] and text[3].split()[:3] == ["F1", "difference", "-19.70"]
-    assert evaluation.show({"F1": table}, evaluation.TITLES, "markdown").splitlines()[1].startswith("| --- | ---")
-    made_up = evaluation.table_of_sets([{**made[0], "synthetic": True}])["F1"]      # no difference to real data
-    assert made_up["paper"]["l"] == 81.20 and set(made_up["difference"].values()) == {None}
-    alone = evaluation.table_of_sets([{**made[0], "ablation": "no_rcd"}])["F1"]
-    assert alone["ours"]["l"]["std"] is None and alone["paper"]["l"] is None and alone["difference"]["l"] is None
-    assert len(evaluation.show({"F1": alone}, evaluation.TITLES, "text").splitlines()) == 3      # no row of nothing
-    assert evaluation.table_of_sets([{**made[0], "ablation": "no_cpd"}])["F1"]["paper"]["avg"] == 71.81
+    assert text[1].split()[:4] == ["F1", "corrkd", "(n=2)", "61.50±2.12"] and text[3].split()[:5] == ["F1", "corrkd", "-", "paper", "-19.70"]
+    assert evaluation.show(rows, "sets", ["F1"], evaluation.TITLES, "markdown").splitlines()[1].startswith("| --- | ---")
+    alone, _ = table_of({"corrkd no_rcd": [results_of(1, 0.0, "no_rcd")]})
+    assert alone["sets", "F1", "ours", "corrkd no_rcd", "l"]["std"] is None and not any(key[2] in ("paper", "difference") for key in alone)
+    assert table_of({"x": [results_of(1, 0.0, "no_cpd")]})[0]["sets", "F1", "paper", "x", "avg"]["mean"] == 71.81
+
+
+def test_the_area_is_a_mean_height_whatever_the_span():
+    """Over rates from 0.2 to 1.0 alone the area is divided by 0.8."""
+    rows = evaluation.tabulate({"x": [results_of(1, 0.0)]}, evaluation.parse(["x", "--rates", "0.2", "1", "--protocol", "rates"]))
+    assert [r["mean"] for r in rows if r["kind"] == "ours" and r["column"] == "area"] == [pytest.approx((79.2 + 60) / 2)]
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"data": {"synthetic": True}}, "the data is SYNTHETIC"), ({"data": {"sizes": [1283, 229, 686]}}, "1283/229/686 clips are not the standard splits of mosi"),
+    ({"dims": {"text": 768, "audio": 74, "vision": 35}}, "text is 768 wide, not 300 (BERT's width)"), ({"limit": 100}, "only the first 100 clips"),
+    ({"dims": {"text": 300, "audio": 5, "vision": 20}}, None), ({}, "")])
+def test_the_paper_stands_beside_comparable_numbers_only(changes, said, capsys):
+    """GloVe text, standard splits, no made-up data; other widths of audio and vision are told."""
+    found, rows = table_of({"corrkd": [results_of(1, 0.0, **changes)]})
+    shown = any(key[2] in ("paper", "difference") for key in found)
+    evaluation.show_report({"corrkd": [results_of(1, 0.0, **changes)]}, rows, evaluation.parse(["x", "--rates", "0", "0.2", "1"]))
+    out = capsys.readouterr().out
+    assert shown is (not said) and ("corrkd paper" in out) is shown
+    assert ("nothing is compared with the paper: " + said in out) if said else ("nothing is compared" not in out)
+    assert ("the paper's features are others: audio 5 wide, not 74, vision 20 wide, not 35" in out) is (said is None)
+
+
+def test_the_difference_to_the_reference_is_paired_by_seed():
+    """Over the seeds that both have: mean, sample deviation and n of the differences, in every column of both tables."""
+    groups = {"corrkd": [results_of(s, d) for s, d in ((1, 1.0), (2, 5.0), (3, 9.0))],
+              "corrkd no_scd": [results_of(s, d, "no_scd") for s, d in ((3, 6.0), (2, 4.0), (7, 90.0))], "umdf": [results_of(8, 0.0, method="umdf")]}
+    found, rows = table_of(groups)
+    for key in (("sets", "avg"), ("sets", "lav"), ("rates", "0.2"), ("rates", "area")):
+        one = found[key[0], "F1", "paired", "corrkd no_scd - corrkd", key[1]]
+        assert (one["mean"], one["std"], one["n"]) == (pytest.approx(-2), pytest.approx(2 ** .5), 2), key
+    assert {key[3] for key in found if key[2] == "paired"} == {"corrkd no_scd - corrkd"}        # umdf has no seed in common and no reference
+    other, _ = table_of(groups, "--reference", "corrkd no_scd")
+    assert other["sets", "F1", "paired", "corrkd - corrkd no_scd", "l"]["mean"] == pytest.approx(2)
+    assert "+2.00±1.41" in evaluation.show([r for r in other.values()], "sets", ["F1"], evaluation.TITLES, "text")
+    with pytest.raises(data.DataError, match="--reference mult: the runs are of corrkd, corrkd no_scd, umdf"):
+        table_of(groups, "--reference", "mult")
 
 
 def test_the_printed_tables_and_their_files(trained, tmp_path, capsys):
-    runs = [str(trained / "runs" / n) for n in ("corrkd-mosi-s1", "corrkd-mosi-s2", "corrkd-mosi-no_scd-s1")]
+    runs = [str(trained / "runs" / "mosi" / n) for n in ("corrkd", "corrkd-no_scd/s1")]      # a folder of run folders, a run folder
     assert evaluation.main([*runs, "--rates", "0", "0.5", "1", "--json", str(tmp_path / "t.json"), "--csv", str(tmp_path / "t.csv")]) == 0
     out = capsys.readouterr().out
-    for part in ("corrkd on mosi, test split, seeds 1 2", "corrkd no_scd on mosi", "F1 corrkd (n=2)", "F1 corrkd paper", "F1 corrkd difference",
-                 "F1 corrkd no_scd (n=1)", "F1 constant", "realised rate",
-                 "not the standard split", "6 / 4 / 3 features", data.sha256(trained / "data" / "mosi_data.pkl")[:12]):
+    for part in ("corrkd on mosi, test split, seeds 1 2", "corrkd no_scd on mosi", "F1 corrkd (n=2)", "F1 corrkd no_scd - corrkd (n=1)",
+                 "F1 corrkd no_scd (n=1)", "F1 constant", "F1 linear", "realised rate", "nothing is compared with the paper", "not the standard splits",
+                 "At 1.0 nothing is left", data.sha256(trained / "data" / "mosi_data.pkl")[:12]):
         assert part in out, part
     table, = json.loads((tmp_path / "t.json").read_text())
-    own = [json.loads((Path(r) / "results.json").read_text())["conditions"]["l"]["F1"] for r in runs[:2]]
-    assert table["sets"]["F1"]["corrkd"]["l"]["mean"] == pytest.approx(statistics.fmean(own)) and len(table["runs"]) == 3
+    own = [json.loads((trained / "runs" / "mosi" / "corrkd" / s / "results.json").read_text())["conditions"]["l"]["F1"] for s in ("s1", "s2")]
     with open(tmp_path / "t.csv") as file:
-        rows = {(r["table"], r["metric"], r["row"], r["column"]): r for r in csv.DictReader(file)}
-    assert float(rows["sets", "F1", "corrkd", "l"]["value"]) == pytest.approx(statistics.fmean(own)) and rows["sets", "F1", "corrkd", "l"]["n"] == "2"
-    assert float(rows["sets", "F1", "corrkd no_scd paper", "avg"]["value"]) == 72.46
-    assert len(rows) == sum(len(cells) for t in ("sets", "rates") for rows_ in table[t].values() for cells in rows_.values())
-    first = out
-    assert evaluation.main([*runs, "--rates", "0", "0.5", "1", "--stored"]) == 0 and capsys.readouterr().out == first     # the files say all
+        lines = list(csv.DictReader(file))
+    rows = {tuple(r[k] for k in ("table", "metric", "kind", "group", "column")): r for r in lines}
+    assert float(rows["sets", "F1", "ours", "corrkd", "l"]["mean"]) == pytest.approx(statistics.fmean(own)) and rows["sets", "F1", "ours", "corrkd", "l"]["n"] == "2"
+    assert len(table["runs"]) == 3 and len(rows) == len(lines) == len(table["rows"])        # the same list of numbers
+    for line, record in zip(lines, table["rows"]):
+        assert [line[k] for k in record] == ["" if v is None else str(v) for v in record.values()]
+    assert evaluation.main([*runs, "--rates", "0", "0.5", "1", "--stored"]) == 0 and capsys.readouterr().out == out     # the files say all
+    assert evaluation.main([str(trained / "runs"), "--rates", "0", "0.5", "1", "--stored"]) == 0 and capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize("method, dataset", [("corrkd", "mosi"), ("umdf", "mosi"), ("corrkd", "iemocap")])
+def test_the_table_can_be_made_again_from_the_predictions(tmp_path, capsys, method, dataset):
+    """scikit-learn's metrics on the file's columns, averaged over the seeds: every number of the table, to the last digit."""
+    from sklearn.metrics import f1_score, mean_absolute_error
+    made = learnable(n=24, emotions=dataset == "iemocap")
+    written(tmp_path / "data", made, f"{dataset}_data.pkl")
+    assert run(tmp_path, epochs="1", method=method, dataset=dataset, seeds=("1", "2")) == 0
+    files = [str(tmp_path / n) for n in ("p.csv", "t.csv")]
+    assert evaluation.main([str(tmp_path / "runs"), "--rates", "0", "0.5", "--predictions", files[0], "--csv", files[1]]) == 0
+    lines, table = (list(csv.DictReader(open(f, newline=""))) for f in files)
+    assert len(lines) == 2 * 9 * 24 and {line["clip"] for line in lines} == {i[0].decode() for i in made["test"]["id"]}
+    numbers = lambda text: [float(v) for v in text.strip("[]").split(",")]
+    for row in (r for r in table if r["kind"] == "ours" and r["column"] not in ("avg", "area") and r["metric"].split()[0] in ("F1", "MAE")):
+        each = []
+        for seed in ("1", "2"):
+            mine = [line for line in lines if line["condition"] == row["column"] and line["seed"] == seed]
+            truth, answer = (np.array([numbers(line[k]) for line in mine]) for k in ("truth", "answer"))
+            column = data.EMOTIONS.index(row["metric"].split()[1]) if dataset == "iemocap" else 0
+            truth, answer = truth[:, column], answer[:, column]
+            if method == "umdf":
+                kept = truth >= -9 if "has0" in row["metric"] else truth != 0
+                each.append(mean_absolute_error(truth, answer) if row["metric"] == "MAE" else 100 * (
+                    f1_score(truth >= 0, answer >= 0, average="weighted") if "has0" in row["metric"] else f1_score(truth[kept] > 0, answer[kept] > 0, average="weighted")))
+            else:
+                each.append(100 * f1_score(truth, answer, average="weighted", zero_division=0))
+                chance = np.array([numbers(line["probability"]) for line in mine])[:, column]
+                assert ((chance > .5) == (answer == 1)).all()
+        assert statistics.fmean(each) == pytest.approx(float(row["mean"]), rel=1e-6)
+    assert evaluation.main([str(tmp_path / "runs"), "--rates", "0", "--predictions", str(tmp_path / "no" / "p.csv")]) == 2
+
+
+def test_the_linear_baseline_sees_what_the_methods_see(tmp_path, monkeypatch):
+    """Clip by clip: the mean over real frames, dropped ones as zeros, times the fitted matrix; better than the constant where text tells
+    the label; the same predictions as scikit-learn's ridge of the chosen strength; chosen on validation."""
+    from sklearn.linear_model import Ridge
+    loaded = data.load("mosi", written(tmp_path, learnable(lengths=(8, 12, 10), n=60)), SPLITS)
+    for task in ("regression", "polarity"):
+        parts = evaluation.fit_linear(loaded, task)
+        model, split = evaluation.Linear(task, **parts), loaded["test"]
+        for condition in ("l", "av", .5):
+            (_, output, _), = evaluation.predict(model, split, [condition], "test")
+            present = data.evaluation_masks(split["real"], condition, "test")
+            for i in (0, 7, 41):
+                x = np.concatenate([(split[m][i] * present[m][i][:, None]).double().sum(0) / int(split["real"][m][i].sum()) for m in STREAMS])
+                y = float(x @ parts["weight"][0].numpy() + parts["bias"][0].item())
+                assert output[i].tolist() == pytest.approx([y] if task == "regression" else [-y, y])
+        assert evaluation.evaluate(model, task, split, ["l"], "test")["l"]["F1"] > 85
+    tried, fit = [], Ridge.fit
+    monkeypatch.setattr(Ridge, "fit", lambda self, x, y: (tried.append((self.alpha, x, y)), fit(self, x, y))[1])
+    loaded.pop("linear")
+    evaluation.fit_linear(loaded, "regression")
+    assert [a for a, *_ in tried] == list(evaluation.STRENGTHS) and len(tried[0][1]) == 60 * evaluation.COPIES
+    scores = []
+    for alpha, x, y in tried:
+        ridge = Ridge(alpha=alpha)
+        fit(ridge, x, y)
+        model = evaluation.Linear("regression", torch.tensor(np.atleast_2d(ridge.coef_)), torch.tensor(ridge.intercept_))
+        scores.append(evaluation.score(evaluation.evaluate(model, "regression", loaded["valid"], data.SETS, "valid")))
+    best = Ridge(alpha=evaluation.STRENGTHS[int(np.argmax(scores))])
+    np.testing.assert_allclose(loaded["linear"]["regression"]["weight"][0], np.ravel(fit(best, *tried[0][1:]).coef_))
+    rows = np.unique(tried[0][1].round(6), axis=0)
+    assert len(rows) > 200          # the copies are not the same copy
+
+
+def test_streams_that_the_data_lacks_count_in_nothing(tmp_path, capsys):
+    """No vision: {v}, {l,v}, {a,v} are not evaluated, and are in no average and no choice; one line says so. Aligned streams too."""
+    for lengths in ((8, 8, 8), (8, 12, 10)):
+        made = learnable(lengths=lengths, n=20)
+        for f in made.values():
+            f["vision"][:] = 0
+        written(tmp_path / str(lengths) / "data", made)
+        for method in ("corrkd", "double_flow"):
+            assert run(tmp_path / str(lengths), epochs="1", method=method) == 0
+            best = history(tmp_path / str(lengths), f"mosi/{method}/s1")[-1]
+            kept = ["l", "a", "la", "lav"] if method == "corrkd" else ["lav"]
+            assert list(best["valid"]) == ["l", "a", "la", "lav"]
+            assert best["score"] == pytest.approx(evaluation.score({c: best["valid"][c] for c in kept}))
+        assert "the data holds no vision" in capsys.readouterr().out
+        assert evaluation.main([str(tmp_path / str(lengths) / "runs" / "mosi/corrkd"), "--protocol", "combos", "--csv", str(tmp_path / "t.csv")]) == 0
+        out = capsys.readouterr().out
+        assert "{v} {l,v} {a,v} are not answered and count in no average" in out
+        line, = (line for line in out.splitlines() if line.startswith("F1 corrkd (n=1)"))
+        cells = line.split("  ")
+        cells = [c for c in cells if c][1:]
+        assert [c == " -" or c.strip() == "-" for c in cells] == [False, False, True, False, True, True, False, False]
+        with open(tmp_path / "t.csv") as file:
+            rows = {r["column"]: float(r["mean"]) for r in csv.DictReader(file) if r["kind"] == "ours"}
+        assert rows["avg"] == pytest.approx((rows["l"] + rows["a"] + rows["la"]) / 3) and "v" not in rows
+
+
+def test_a_written_stand_in_is_known_as_synthetic(tmp_path, monkeypatch, capsys):
+    """The mark in the file is enough: check, train.py's header and folder, and eval.py's table say SYNTHETIC, and nothing is compared."""
+    monkeypatch.setattr(data, "SIZES", dict.fromkeys(data.SIZES, (20, 12, 12)))
+    assert data.main(["synthesize", "mosi", "--out", str(tmp_path / "data")]) == 0 and data.main(["check", str(tmp_path / "data")]) == 0
+    assert "nothing is compared with the paper: the data is SYNTHETIC" in capsys.readouterr().out
+    assert run(tmp_path, epochs="1") == 0 and "note: nothing is compared with the paper: the data is SYNTHETIC" in capsys.readouterr().out
+    assert evaluation.main([str(tmp_path / "runs" / "mosi-synthetic" / "corrkd"), "--rates", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "SYNTHETIC data: these numbers say nothing" in out and "corrkd paper" not in out and "0 - paper" not in out
+
+
+def test_a_tie_keeps_the_earlier_epoch(tmp_path, monkeypatch):
+    written(tmp_path / "data", learnable(n=20))
+    monkeypatch.setattr(evaluation, "fit_linear", lambda *a: None)
+    monkeypatch.setattr(evaluation, "score", lambda result: 7.0)
+    run(tmp_path, epochs="3")
+    assert torch.load(tmp_path / "runs" / "mosi/corrkd/s1" / "best.pt", weights_only=True)["epoch"] == 1
 
 
 def test_other_data_than_a_run_was_trained_on_is_a_warning(trained, tmp_path, capsys):
     other = learnable(n=12)
     written(tmp_path, other)
-    assert evaluation.main([str(trained / "runs" / "corrkd-mosi-s2"), "--data-dir", str(tmp_path), "--protocol", "combos"]) == 0
+    assert evaluation.main([str(trained / "runs" / "mosi/corrkd/s2"), "--data-dir", str(tmp_path), "--protocol", "combos"]) == 0
     assert "WARNING: this is not the file" in capsys.readouterr().out
     for f in other.values():
         f["text"] = f["text"][..., :5]
     written(tmp_path, other)
-    assert evaluation.main([str(trained / "runs" / "corrkd-mosi-s2"), "--data-dir", str(tmp_path)]) == 2
+    assert evaluation.main([str(trained / "runs" / "mosi/corrkd/s2"), "--data-dir", str(tmp_path)]) == 2
     assert "5 features of text" in capsys.readouterr().err
 
 
-def stored_run(folder, method, ablation, seed, f1, mae=None, data_file="a" * 64, **more):
-    """A results.json as eval.py writes it, every F1 and MAE the same in all conditions."""
-    task = "polarity" if method == "corrkd" else "regression"
-    module = evaluation.METHODS[method][0]
-    config = {**vars(module.PAPER["mosi"]), **module.ABLATIONS.get(ablation, {}), **more.pop("config", {})}
-    values = {"F1": f1} | ({"MAE": mae} if task == "regression" else {})
-    made = {"method": method, "dataset": "mosi", "task": task, "ablation": ablation, "synthetic": False, "seed": seed, "epoch": 1, "limit": None,
-            "normalize": True, "config": config, "dims": {"text": 3, "audio": 2, "vision": 2}, "checkpoint_sha256": "c", "split": "test", "mask_seed": 0,
-            "data": {"file": "x.pkl", "sha256": data_file, "notes": []}, "trained_on": {"sha256": data_file}, "epochs_run": config["epochs"],
-            "constant": {k: 40.0 if k == "F1" else 1.4 for k in values},
-            "conditions": {str(c): {"n": 9, "realised": {m: .5 for m in STREAMS}, **values} for c in (*data.SETS, 0.0, 1.0)}, **more}
-    path = folder / f"{method}-mosi-{ablation}-s{seed}"
+def stored_run(folder, seed, shift, ablation="", method="corrkd", **changes):
+    """A run folder that holds results.json alone."""
+    path = folder / f"{method}-{ablation}-s{seed}"
     path.mkdir()
-    (path / "results.json").write_text(json.dumps(made))
+    (path / "results.json").write_text(json.dumps(results_of(seed, shift, ablation, method, **changes)))
     return str(path)
 
 
 def test_one_table_of_several_methods_from_stored_results(tmp_path, capsys):
-    """Means, sample deviations, n, differences, constants and stars against numbers worked out here. With differences d of
-    five seeds t = mean(d) / (std(d) / sqrt 5), and p < 0.05 is |t| > 2.776; of four seeds |t| > 3.182."""
-    full, wide, narrow = (70.0, 71.0, 73.0, 74.0, 76.0), (1.0, 2.0, 0.0, 3.0, -1.0), (.5, .6, .4, .7, .3)
-    runs = [stored_run(tmp_path, "corrkd", "", s, f) for s, f in enumerate(full)]
-    runs += [stored_run(tmp_path, "corrkd", "no_scd", s, f - d) for s, (f, d) in enumerate(zip(full, wide))]        # t = 1 / (1.58 / 2.24) = 1.41
-    runs += [stored_run(tmp_path, "corrkd", "no_cpd", s, f - d) for s, (f, d) in enumerate(zip(full, narrow)) if s]      # no seed 0: t = 5.5
-    runs += [stored_run(tmp_path, "corrkd", "no_rcd", s, f - 1) for s, f in enumerate(full)]                        # nothing to judge by
-    runs += [stored_run(tmp_path, "umdf", "", s, f - d, 1.0 + s / 10, constant={"F1": 44.0, "MAE": 1.4}) for s, (f, d) in enumerate(zip(full, narrow))]
-    assert evaluation.main([*runs, "--stored", "--rates", "0", "1", "--json", str(tmp_path / "t.json"), "--csv", str(tmp_path / "t.csv")]) == 0
+    """UMDF and CorrKD differ in task, so each has its own baselines; the same row for all where the numbers are the same."""
+    runs = [stored_run(tmp_path, s, s) for s in (1.0, 2.0)] + [stored_run(tmp_path, s, s + 1, "no_scd") for s in (1.0, 2.0)]
+    umdf_run = stored_run(tmp_path, 1, 0.0, method="umdf")
+    assert evaluation.main([*runs, umdf_run, "--stored", "--rates", "0", "1"]) == 0
     out = capsys.readouterr().out
-    lines = [re.split(r"\s{2,}", line) for line in out.split("Share of")[0].splitlines() if line.startswith(("F1 ", "MAE "))]
-    sets = {line[0]: line[1:] for line in lines}
-    assert sets["F1 corrkd (n=5)"][6] == "72.80±2.39" and sets["F1 corrkd paper"][6] == "74.69" and sets["F1 corrkd difference"][6] == "-1.89"
-    assert sets["F1 corrkd no_scd (n=5)"][6] == "71.80±3.35" and sets["F1 corrkd no_cpd (n=4)"][6] == "73.00±2.18*"
-    assert sets["F1 corrkd no_rcd (n=5)"][6] == "71.80±2.39" and sets["F1 umdf (n=5)"][6] == "72.30±2.45"
-    assert sets["MAE umdf (n=5)"][6] == "1.2000±0.1581" and sets["MAE umdf paper"] == ["-"] * 7 + ["0.7820"] and sets["MAE umdf difference"][7] == "+0.4180"
-    assert sets["F1 constant of corrkd"][0] == "40.00" and sets["F1 constant of umdf"][0] == "44.00" and sets["MAE constant"][0] == "1.4000"
-    assert "* differs from the full method's Avg." in out and "72.80±2.39*" not in out
-    table, = json.loads((tmp_path / "t.json").read_text())
-    assert table["sets"]["F1"]["corrkd no_scd"]["avg"]["p"] > .05 and table["sets"]["F1"]["corrkd no_rcd"]["avg"]["p"] is None
-    assert evaluation.main([*runs, "--stored", "--protocol", "combos", "--reference", "umdf"]) == 0
+    labels = [line.split("  ")[0] for line in out.split("Share of")[0].splitlines() if line.startswith("F1 ")]
+    assert labels == ["F1 umdf (n=1)", "F1 umdf paper", "F1 umdf - paper", "F1 corrkd (n=2)", "F1 corrkd paper", "F1 corrkd - paper", "F1 corrkd no_scd (n=2)",
+                      "F1 corrkd no_scd paper", "F1 corrkd no_scd - paper", "F1 corrkd no_scd - corrkd (n=2)", "F1 constant", "F1 linear"]
+    assert "+1.00±0.00" in out
+    made = json.loads((Path(umdf_run) / "results.json").read_text())
+    made["linear"] = {c: {"F1": 51.0} for c in made["linear"]}
+    (Path(umdf_run) / "results.json").write_text(json.dumps(made))
+    assert evaluation.main([*runs, umdf_run, "--stored", "--protocol", "combos"]) == 0
     out = capsys.readouterr().out
-    assert "72.80±2.39*" in out and "* differs from umdf Avg." in out and "73.00" in out
-    assert evaluation.main([*runs, "--stored", "--protocol", "combos", "--reference", "mult"]) == 2
-    assert "--reference mult: the runs are of umdf, corrkd, corrkd no_cpd" in capsys.readouterr().err
+    assert "F1 linear of umdf " in out and "F1 linear of corrkd " in out and "F1 constant  " in out
 
 
 def test_runs_of_other_data_or_settings_never_share_a_row(tmp_path, capsys):
-    runs = [stored_run(tmp_path, "corrkd", "", 1, 70.0), stored_run(tmp_path, "corrkd", "", 2, 80.0, data_file="b" * 64),
-            stored_run(tmp_path, "corrkd", "", 3, 60.0, config={"lr": .5})]
+    runs = [stored_run(tmp_path, 1, 0.0), stored_run(tmp_path, 2, 9.0, data={"sha256": "b" * 64}), stored_run(tmp_path, 3, 5.0, config={"lr": .5})]
     assert evaluation.main([*runs, "--stored", "--protocol", "combos"]) == 0
     out = capsys.readouterr().out
     assert out.count("Available streams") == 2 and "F1 corrkd [lr 0.001] (n=1)" in out and "F1 corrkd [lr 0.5] (n=1)" in out and "F1 corrkd (n=1)" in out
     assert "other settings than the defaults: lr 0.5 (corrkd [lr 0.5])\n" in out and "SHA-256 aaaaaaaaaaaa\n" in out     # of whom, where not of all
     again = tmp_path / "again"
     again.mkdir()
-    assert evaluation.main([runs[0], stored_run(again, "corrkd", "", 1, 70.0), "--stored", "--protocol", "combos"]) == 2
+    assert evaluation.main([runs[0], stored_run(again, 1, 0.0), "--stored", "--protocol", "combos"]) == 2
     assert "second run of the same configuration and seed" in capsys.readouterr().err
 
 
 def test_stored_results_that_do_not_fit_are_refused(tmp_path, trained, capsys):
-    one = stored_run(tmp_path, "corrkd", "", 1, 70.0)
+    one = stored_run(tmp_path, 1, 10.0)
     (tmp_path / "empty").mkdir()
     for arguments, said in (([one, "--stored"], "no condition 0.1"), ([one, "--stored", "--protocol", "combos", "--mask-seed", "3"], "mask_seed 0, not 3"),
-                            ([str(tmp_path / "empty"), "--stored"], "does not exist, is damaged")):
+                            ([str(tmp_path / "empty"), "--stored"], "does not exist")):
         assert evaluation.main(arguments) == 2
         error = capsys.readouterr().err
         assert said in error and len(error.splitlines()) == 1
     good = json.loads((Path(one) / "results.json").read_text())
-    for change in ({"config": {"depth": 3}}, {"method": "mult"}, {"data": 5}, {"conditions": None}):
+    wrong = [{"run": {**good["run"], **change}} for change in ({"config": {"depth": 3}}, {"method": "mult"}, {"data": 5})]
+    for change in (*wrong, {"conditions": None}, {"data": 5}, {"run": {}}):
         (Path(one) / "results.json").write_text(json.dumps({**good, **change}))
         assert evaluation.main([one, "--stored", "--protocol", "combos"]) == 2 and "of another version" in capsys.readouterr().err, change
     (Path(one) / "results.json").write_text(json.dumps(good))
-    (Path(one) / "best.pt").write_bytes((trained / "runs" / "corrkd-mosi-s1" / "best.pt").read_bytes())
+    (Path(one) / "best.pt").write_bytes((trained / "runs" / "mosi/corrkd/s1" / "best.pt").read_bytes())
     assert evaluation.main([one, "--stored", "--protocol", "combos"]) == 2 and "another checkpoint" in capsys.readouterr().err
 
 
@@ -623,34 +760,32 @@ def test_runs_that_are_not_finished_are_named(trained, tmp_path, capsys):
     """One folder without a checkpoint is left out; one that was stopped after its first epoch says so."""
     (tmp_path / "data").symlink_to(trained / "data")
     (tmp_path / "nothing").mkdir()
-    note = train.Run.note
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Run, "store", lambda self, optimizer, store=train.Run.store: (store(self, optimizer), stop(self))[0])
-
-        def stop(self):
-            if len(self.history) == 4:
+        def stop(folder, state, best, store=train.store):
+            store(folder, state, best)
+            if len(state["history"]) == 4:
                 raise KeyboardInterrupt
+        patch.setattr(train, "store", stop)
         assert run(tmp_path, epochs="3") == 130
-    assert evaluation.main([str(tmp_path / "nothing"), str(tmp_path / "runs" / "corrkd-mosi-s1"), "--protocol", "combos"]) == 0
+    assert evaluation.main([str(tmp_path / "nothing"), str(tmp_path / "runs" / "mosi/corrkd/s1"), "--protocol", "combos"]) == 0
     said = capsys.readouterr()
     assert "note: seed 1 was stopped after 1 of 3 epochs" in said.out and "left out: " in said.err and "nothing has no best.pt" in said.err
-    assert evaluation.main([str(trained / "runs" / "corrkd-mosi-s1"), "--protocol", "combos"]) == 0 and "stopped after" not in capsys.readouterr().out
-    assert note is train.Run.note
+    assert evaluation.main([str(trained / "runs" / "mosi/corrkd/s1"), "--protocol", "combos"]) == 0 and "stopped after" not in capsys.readouterr().out
 
 
 def test_all_ablations_and_the_full_method_by_one_word():
-    for method, (module, _) in evaluation.METHODS.items():
+    for method, module in evaluation.METHODS.items():
         assert train.parse(["--method", method, "--dataset", "mosi", "--ablate", "all"]).ablate == ["", *module.ABLATIONS]
 
 
 def test_the_plot(trained, tmp_path, capsys, monkeypatch):
-    run_folder = str(trained / "runs" / "corrkd-mosi-s1")
+    run_folder = str(trained / "runs" / "mosi/corrkd/s1")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert evaluation.main([run_folder, "--plot", str(tmp_path / "f.png")]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
     monkeypatch.undo()
     pytest.importorskip("matplotlib", reason="matplotlib is optional and not installed")
-    folders = [run_folder, str(trained / "runs" / "corrkd-mosi-no_scd-s1")]
+    folders = [run_folder, str(trained / "runs" / "mosi/corrkd-no_scd/s1")]
     for name, more in (("curves.png", ()), ("tsne.png", ("--figure", "tsne")), ("curves.pdf", ("--stored",))):
         assert evaluation.main([*folders, "--plot", str(tmp_path / name), *more]) == 0
         assert (tmp_path / name).stat().st_size > 5000
@@ -665,31 +800,19 @@ def test_the_joint_representation_is_what_the_head_gets(trained):
         label = (torch.arange(300) % 3 - 1.0) if task != "emotions" else torch.eye(4)[torch.arange(300) % 4]
         split = {m: torch.randn(300, 6, w) for m, w in (("text", 5), ("audio", 4), ("vision", 3))}
         split |= {"real": {m: torch.ones(300, 6, dtype=torch.bool) for m in STREAMS}, "label": label, "id": []}
-        module, Model = evaluation.METHODS[method]
-        model = Model({"text": 5, "audio": 4, "vision": 3}, task).eval()
-        head = model.head if hasattr(model, "head") else model.network.classifier
+        model = evaluation.METHODS[method].Model({"text": 5, "audio": 4, "vision": 3}, task).eval()
         (_, whole, _), = evaluation.predict(model, split, ["l"], "test")
         args = evaluation.parse(["x"])
         h, kind = evaluation.joint(model, split, task, "l", args)
         counts = np.unique(kind, return_counts=True)[1].tolist()
         assert counts == ([75] * 4 if task == "emotions" else [100, 100])
-        answers = head(torch.from_numpy(h)).flatten(1)
+        answers = model.classify(torch.from_numpy(h)).flatten(1)
         for row, k in ((0, kind[0]), (len(h) - 1, kind[-1])):
             wanted = [i for i in range(300) if (label[i].argmax() if task == "emotions" else int(label[i] > 0) if label[i] else -1) == k]
             assert min((whole.flatten(1)[wanted] - answers[row]).abs().sum(1)) < 1e-5
 
 
 # ------------------------------------------------------------------------------------- programs as programs
-
-def program(*arguments, **more):
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, **more)
-
-
-def begun(*arguments, cwd):
-    """The program, not waited for; it can be stopped from the keyboard even where the tests run in the background, which a shell makes deaf to that."""
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-
 
 def test_the_readmes_commands_cut_to_seconds(tmp_path):
     """The first command of the README as it stands there, fewer clips and one seed; then the command that it prints."""
@@ -742,14 +865,14 @@ def test_every_training_command_of_the_readme_starts(tmp_path, monkeypatch, caps
 def test_seeds_side_by_side(trained, tmp_path):
     """The same numbers as one after the other; a seed that fails is named and the others finish."""
     (tmp_path / "data").symlink_to(trained / "data")
-    blocked = tmp_path / "runs" / "corrkd-mosi-s3"
+    blocked = tmp_path / "runs" / "mosi/corrkd/s3"
     blocked.mkdir(parents=True)
     (blocked / "config.json").write_text("{}")
-    (blocked / "best.pt").write_bytes((trained / "runs" / "corrkd-mosi-s2" / "best.pt").read_bytes())   # not of this run
+    (blocked / "best.pt").write_bytes((trained / "runs" / "mosi/corrkd/s2" / "best.pt").read_bytes())   # not of this run
     done = program(ROOT / "train.py", "--method", "corrkd", "--dataset", "mosi", "--data-dir", tmp_path / "data", "--out", tmp_path / "runs", "--epochs", "3",
                    "--batch-size", "16", "--lr", "0.004", "--device", "cpu", "--jobs", "2", "--seeds", "1", "3")
-    assert done.returncode == 2 and "corrkd-mosi-s3 failed: error: " in done.stderr and "Traceback" not in done.stderr
-    assert "corrkd-mosi-s1: student 3/3" in done.stdout and "F1 ours (n=1)" in done.stdout
+    assert done.returncode == 2 and "corrkd/s3 failed: error: " in done.stderr and "Traceback" not in done.stderr
+    assert "corrkd/s1: student 3/3" in done.stdout and "F1 ours (n=1)" in done.stdout
     one, two = history(trained), history(tmp_path)
     assert [h["stage"] for h in one] == [h["stage"] for h in two] and one[0]["losses"]["task"] == pytest.approx(two[0]["losses"]["task"], rel=1e-4)
 
@@ -767,13 +890,12 @@ def test_each_process_side_by_side_trains_one_run_of_the_plan(tmp_path, monkeypa
         def wait(self):
             return 2
     monkeypatch.setattr(train.subprocess, "Popen", Child)
-    monkeypatch.setattr(train, "commit", lambda: "")
-    monkeypatch.setattr(train, "device_name", lambda device: "")      # it starts a program too
+    monkeypatch.setattr(train, "machine", lambda device: {"command": "", "commit": "", "device": "", "versions": {}})      # it starts a program too
     assert run(tmp_path, "--ablate", "all", "--jobs", "3", seeds=("1", "2"), method="umdf") == 2
     plans = [train.parse(command[2:]) for command in commands]
     assert all(len(p.seeds) == len(p.ablate) == p.jobs == 1 for p in plans)
     assert {(p.ablate[0], p.seeds[0]) for p in plans} == {(a, s) for a in ("", *umdf.ABLATIONS) for s in (1, 2)} and len(plans) == 2 + 2 * len(umdf.ABLATIONS)
-    assert "umdf-mosi-s1 failed: error: only recorded" in capsys.readouterr().err
+    assert "umdf/s1 failed: error: only recorded" in capsys.readouterr().err
 
 
 @pytest.mark.long
@@ -785,7 +907,7 @@ def test_a_stop_from_the_keyboard_ends_all_processes_and_says_how_to_go_on(tmp_p
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=30)
     assert process.returncode == 130 and error.strip() == "stopped; the same command goes on after the last finished epoch"
-    assert len((tmp_path / "runs" / "corrkd-mosi-synthetic-s1" / "log.jsonl").read_text().splitlines()) >= 2
+    assert len((tmp_path / "runs" / "mosi-synthetic/corrkd/s1" / "log.jsonl").read_text().splitlines()) >= 2
 
 
 def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -804,7 +926,7 @@ USER_ERRORS = {
     "out is a file": (["train.py", "--synthetic", "--limit", "40", "--out", "bad.pkl"], "cannot be made"),
     "no run": (["eval.py", "nothing"], "best.pt does not exist"),
     "damaged run": (["eval.py", "run"], "damaged or no checkpoint"),
-    "another checkpoint": (["eval.py", "other"], "no checkpoint of train.py"),
+    "another checkpoint": (["eval.py", "other"], "no checkpoint of this version of train.py"),
     "rate 2": (["eval.py", "run", "--rates", "2"], "shares from 0 to 1"),
     "check nothing": (["data.py", "check", "nowhere.pkl"], "nowhere.pkl does not exist"),
 }

@@ -97,7 +97,7 @@ def test_the_network_is_its_equations_clip_by_clip(aligned, ablation):
     model = model_of(aligned=aligned, **umdf.ABLATIONS.get(ablation, {})).double().eval()
     x, real = clips(4, ALIGNED if aligned else UNALIGNED)
     x = {m: v.double() for m, v in x.items()}
-    h, y = model.answer(x, real)
+    h, y = (model.represent(x, real), model(**x, real=real))
     for i in range(4):
         expected_h, expected_y = one_clip(model, {m: x[m][i, :real[m][i].sum()] for m in STREAMS})
         torch.testing.assert_close(h[i], expected_h, rtol=0, atol=1e-6)      # PE is computed in float32
@@ -111,7 +111,7 @@ def test_the_losses_are_equations_8_to_10_written_out(task):
     complete = {m: x.double() for m, x in complete.items()}
     missing, target = missing_copy(complete), goal(task, 5)
     target = target.double() if task == "regression" else target
-    (h_c, y_c), (h_m, y_m) = ([v.detach() for v in model.answer(x, real)] for x in (complete, missing))
+    (h_c, y_c), (h_m, y_m) = ([v.detach() for v in (model.represent(x, real), model(**x, real=real))] for x in (complete, missing))
     terms = model.losses(complete, missing, target, real)
     rep = sum(float(((h_c[i] - h_m[i]) ** 2).sum()) / 120 for i in range(5)) / 5       # both halves are this number
     task_loss, resp = {"c": 0.0, "m": 0.0}, 0.0

@@ -1,0 +1,121 @@
+"""What several test files share: small made-up data, runs in process, programs as programs."""
+import json
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train
+from data import SPLITS
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"        # an optional folder of extra real data
+WIDTHS = {"text": 6, "audio": 4, "vision": 3}
+
+
+def fields(n=5, lengths=(8, 8, 8), dtype=np.float32, seed=0, emotions=False, front=True):
+    """One split in MulT's layout; clip i has 3 + i real frames (of 8) in every stream."""
+    rng, out = np.random.default_rng(seed), {}
+    for (m, d), t in zip(WIDTHS.items(), lengths):
+        x = rng.standard_normal((n, t, d)) + .1
+        for i in range(n):
+            k = min(t, 3 + i)
+            x[i, :t - k if front else 0] = 0
+            x[i, t if front else k:] = 0
+        out[m] = x.astype(dtype)
+    y = rng.uniform(-3, 3, (n, 1, 1)).astype(np.float32)
+    out["labels"] = np.eye(2, dtype=np.float32)[rng.integers(0, 2, (n, 4))] if emotions else y
+    return {**out, "id": np.array([[f"clip{seed}_{i}", "", ""] for i in range(n)], dtype="S")}
+
+
+def content(**changes):
+    return {s: fields(seed=k, **changes) for k, s in enumerate(SPLITS)}
+
+
+def written(folder, what, name="mosi_data.pkl", protocol=4):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(what if isinstance(what, bytes) else pickle.dumps(what, protocol=protocol))
+    return folder
+
+
+class Call:
+    """Pickles as a call of a function."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+FOLDERS = {"audio": 5, "text": 6, "vision": 4, "simulated_text": 6}
+
+
+def feature_folders(root, sizes=(12, 6, 6), longest=9, seed=0):
+    """Double-Flow's published layout: audio (T, d) a file, text (d,) a file, vision a folder of frames a clip, and the labels.
+    Returns the arguments and what was written: stream -> clip -> (T, d)."""
+    rng, truth = np.random.default_rng(seed), {m: {} for m in FOLDERS}
+    corpus, k = {}, 0
+    for name, size in zip(("train_corpus", "val_corpus", "test_corpus"), sizes):
+        facts = {}
+        for _ in range(size):
+            clip, k = f"video{k}_{k % 3}", k + 1
+            facts[clip] = {"emo": k % 2, "val": np.float64(rng.uniform(-3, 3)) if k % 2 else float(rng.uniform(-3, 3))}
+            for m, d in FOLDERS.items():
+                frames = 1 if m == "text" else int(rng.integers(1, longest + 1))
+                x = rng.standard_normal((frames, d)).astype(np.float32)
+                x[:, 0] = np.sign(facts[clip]["val"])
+                truth[m][clip] = x
+                folder = root / f"{m}_dir"
+                folder.mkdir(parents=True, exist_ok=True)
+                if m == "vision":
+                    (folder / clip).mkdir()
+                    for t, frame in enumerate(x):
+                        np.save(folder / clip / f"{t:04d}.npy", frame if t % 2 else frame[None])
+                else:
+                    np.save(folder / f"{clip}.npy", x[0] if m == "text" else x)
+        corpus[name] = facts
+    np.savez(root / "label_official.npz", **{k: np.array(v, dtype=object) for k, v in corpus.items()})
+    return {"features": {m: str(root / f"{m}_dir") for m in FOLDERS}, "labels": root / "label_official.npz"}, truth, corpus
+
+
+def learnable(**changes):
+    """A small pickle whose text tells the label; 40 clips a split, unless changed."""
+    made = content(**{"n": 40, **changes})
+    for f in made.values():
+        y = f["labels"].reshape(len(f["labels"]), -1)
+        sign = np.sign(y[:, 0]) if y.shape[1] == 1 else f["labels"][:, 1, 1] * 2 - 1
+        f["text"][..., 0] = np.where(f["text"].any(-1), sign[:, None] + .1, 0)
+    return made
+
+
+def run(folder, *more, seeds=("1",), epochs="2", dataset="mosi", method="corrkd"):
+    """train.main on folder/data, runs in folder/runs, in process."""
+    return train.main(["--method", method, "--dataset", dataset, "--data-dir", str(folder / "data"), "--out", str(folder / "runs"),
+                       "--epochs", epochs, "--lr", "0.004", "--batch-size", "16", "--device", "cpu", "--seeds", *seeds, *more])
+
+
+def history(folder, name="mosi/corrkd/s1"):
+    return [json.loads(line) for line in (folder / "runs" / name / "log.jsonl").read_text().splitlines()]
+
+
+def parameters(folder, name="mosi/corrkd/s1"):
+    return torch.load(folder / "runs" / name / "best.pt", weights_only=True)["model"]
+
+
+def equal(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a | b)
+
+
+def program(*arguments, **more):
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, **more)
+
+
+def begun(*arguments, cwd):
+    """The program, not waited for; it can be stopped from the keyboard even where the tests run in the background, which a shell makes deaf to that."""
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
