@@ -281,6 +281,10 @@ def sha256(path: Path) -> str:
 
 # ---------------------------------------------------------------------------------- splits in memory
 
+def _count(field) -> int:
+    return len(field) if isinstance(field, np.ndarray) and field.ndim else 0
+
+
 def _rows(array: np.ndarray, start: int, stop: int) -> np.ndarray:
     """array[start:stop]; of a large array in the file a fresh map of these rows alone, so that pages do not pile up."""
     if isinstance(array, np.memmap) and array.flags.c_contiguous:
@@ -369,7 +373,7 @@ def tensors(fields: dict, dataset: str, where: str, limit: int | None = None) ->
     """One split's arrays, checked and shifted to position 0, as the dict that the file's opening describes, with
     "held" (stream -> what the file held) and "lacking" (the streams without a single frame that is not zero)."""
     label, ids = _labels(fields, dataset, where), _ids(fields)
-    sizes = {m: len(fields[m]) for m in STREAMS if np.ndim(fields.get(m))}
+    sizes = {m: _count(fields[m]) for m in STREAMS if m in fields}
     if {*sizes.values(), len(ids) or len(label)} - {len(label)}:
         raise DataError(f"{where}: {len(label)} labels, {len(ids)} ids and "
                         f"{', '.join(f'{n} clips of {m}' for m, n in sizes.items())} do not match.")
@@ -571,7 +575,7 @@ def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "v
     else:
         data_dir = find(dataset, data_dir)
         fields = read_pickle(data_dir)
-        sizes = [len(v) if np.ndim(v := fields[s].get("text")) else 0 for s in SPLITS]
+        sizes = [_count(fields[s].get("text")) for s in SPLITS]
         dataset = dataset or next((d for d, known in SIZES.items() if [*known] == sizes), None) or (
             "iemocap" if np.shape(fields["train"].get("labels", ()))[1:2] == (4,) else "mosi")
         source = {"file": str(data_dir), "sha256": sha256(data_dir), "synthetic": fields["SYNTHETIC"], "sizes": sizes,

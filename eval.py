@@ -219,7 +219,9 @@ def fit_linear(loaded: dict, task: str) -> dict | None:
     x, y = np.concatenate(copies), truth.reshape(len(truth), -1).cpu().numpy()
     y, best = np.tile(y if task == "regression" else 2 * y - 1, (COPIES, 1)), None
     for strength in STRENGTHS:
-        fitted = Ridge(alpha=strength).fit(x, y)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(An i|I)ll-conditioned matrix")      # of features that repeat each other
+            fitted = Ridge(alpha=strength).fit(x, y)
         parts = {"weight": torch.tensor(np.atleast_2d(fitted.coef_), device=truth.device),
                  "bias": torch.tensor(fitted.intercept_, device=truth.device)}
         reached = score(evaluate(Linear(task, **parts), task, valid, sets, "valid"))

@@ -258,12 +258,14 @@ def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: di
     module, valid = METHODS[run["method"]], loaded["valid"]
     config = module.Config(**run["config"])
     torch.manual_seed(run["seed"])
-    model, clips = module.Model(run["dims"], run["task"], config).to(device), Clips(run, loaded, device)
-    stages, fresh = list(model.stages), state is None
-    linear = evaluation.fit_linear(loaded, run["task"])
-    state = state or {"run": run, "stage": 0, "epoch": 0, "best": None, "history": []}
+    fresh, clips, linear = state is None, Clips(run, loaded, device), evaluation.fit_linear(loaded, run["task"])
+    if fresh:
+        model = module.Model(run["dims"], run["task"], config).to(device)
+        state = {"run": run, "stage": 0, "epoch": 0, "best": None, "history": []}
+    else:
+        model = evaluation.build(state, folder / "last.pt", device)
+    stages = list(model.stages)
     if not fresh:
-        model.load_state_dict(state["model"])
         print(f"continuing {folder} after {stages[state['stage']]} epoch {state['epoch']}", flush=True)
     for number in range(state["stage"], len(stages)):
         stage, last = stages[number], number == len(stages) - 1

@@ -1,11 +1,6 @@
 """corrkd.py against loops written from its equations, and the properties that its docstring promises."""
 import math
-import re
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +9,6 @@ from torch.nn import functional as F
 import corrkd
 from corrkd import Config, CorrKD
 
-ROOT = Path(__file__).resolve().parent.parent
 DIMS = {"text": 12, "audio": 7, "vision": 5}
 LENGTHS = {"text": 9, "audio": 6, "vision": 8}
 
@@ -270,24 +264,3 @@ def test_mistakes_are_told():
         CorrKD(DIMS, "regression")
     with pytest.raises(ValueError, match="multiple of heads"):
         model_of(heads=7)
-
-
-def test_copied_alone_it_trains_by_its_docstring(tmp_path):
-    """The file in an empty folder, the lines of its docstring as they stand, after the batches that they ask for."""
-    shutil.copy(ROOT / "corrkd.py", tmp_path)
-    lines = re.search(r"Use in another code base.*?\n\n(.*?)\n\"\"\"", (ROOT / "corrkd.py").read_text(), re.S)[1]
-    (tmp_path / "use.py").write_text(f"""
-import torch
-from corrkd import CorrKD
-torch.manual_seed(0)
-widths = {{"text": 300, "audio": 74, "vision": 35}}
-streams = {{m: torch.randn(8, 6, d) for m, d in widths.items()}}
-real = {{m: torch.arange(6).expand(8, 6) < 5 for m in widths}}
-batches = [(streams, {{m: x * (torch.rand(8, 6, 1) < .5) for m, x in streams.items()}}, torch.tensor([0, 1] * 4), real)] * 3
-text, audio, vision = streams.values()
-{chr(10).join(line[4:] for line in lines.splitlines())}
-assert logits.shape == (8, 2) and logits.isfinite().all()
-print("trained")
-""")
-    done = subprocess.run([sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); exec(open('use.py').read())"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.strip() == "trained", done.stderr

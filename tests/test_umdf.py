@@ -1,11 +1,7 @@
 """umdf.py against its equations written out clip by clip, and the properties that its docstring promises."""
 import math
 import re
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +10,6 @@ from torch.nn import functional as F
 import umdf
 from umdf import STREAMS, UMDF, Config
 
-ROOT = Path(__file__).resolve().parent.parent
 DIMS = {"text": 12, "audio": 7, "vision": 5}
 UNALIGNED = {"text": 9, "audio": 6, "vision": 8}
 ALIGNED = dict.fromkeys(STREAMS, 8)
@@ -343,24 +338,3 @@ def test_the_files_own_map_names_functions_that_exist():
     for name in re.findall(r"\b(?:UMDF\.\w+|both_ways|response_distance|Encoder|Block)\b", opening):
         owner, _, member = name.partition(".")
         assert hasattr(umdf, owner) and (not member or hasattr(getattr(umdf, owner), member)), name
-
-
-def test_copied_alone_it_trains_by_its_docstring(tmp_path):
-    """The file in an empty folder, the lines of its docstring as they stand, after the batches that they ask for."""
-    shutil.copy(ROOT / "umdf.py", tmp_path)
-    lines = re.search(r"Use in another code base.*?\n\n(.*?)\n\"\"\"", (ROOT / "umdf.py").read_text(), re.S)[1]
-    (tmp_path / "use.py").write_text(f"""
-import torch
-from umdf import UMDF, Config
-torch.manual_seed(0)
-widths = {{"text": 300, "audio": 74, "vision": 35}}
-streams = {{m: torch.randn(8, 6, d) for m, d in widths.items()}}
-real = {{m: torch.arange(6).expand(8, 6) < 5 for m in widths}}
-batches = [(streams, {{m: x * (torch.rand(8, 6, 1) < .5) for m, x in streams.items()}}, torch.randn(8), real)] * 3
-text, audio, vision = streams.values()
-{chr(10).join(line[4:] for line in lines.splitlines())}
-assert sentiment.shape == (8, 1) and sentiment.isfinite().all()
-print("trained")
-""")
-    done = subprocess.run([sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); exec(open('use.py').read())"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.strip() == "trained", done.stderr

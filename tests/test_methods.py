@@ -1,0 +1,107 @@
+"""What eval.py and train.py ask of a method file (the list beside METHODS), and what a reader who copies one is promised."""
+import dataclasses
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import data
+import eval as evaluation
+from data import STREAMS
+from helpers import ROOT, program
+
+WIDTHS = {"text": 12, "audio": 7, "vision": 5}
+
+
+@pytest.mark.parametrize("name", evaluation.METHODS)
+def test_a_method_file_offers_all_that_is_asked_of_it(name):
+    """Names, signatures and return shapes; for each data set's task, each stage, and each ablation's config."""
+    module = evaluation.METHODS[name]
+    assert set(module.TASKS) == set(module.PAPER) == set(module.REPORTED) == set(data.SIZES) and set(module.FEATURES) == set(STREAMS)
+    assert {"lr", "weight_decay", "batch_size", "epochs", "clip", "aligned"} <= {f.name for f in dataclasses.fields(module.Config)}
+    assert all(isinstance(c, module.Config) for c in module.PAPER.values()) and set(module.TABLE) <= set(evaluation.COLUMNS)
+    assert all(set(a) <= {f.name for f in dataclasses.fields(module.Config)} for a in module.ABLATIONS.values())
+    for by_ablation in module.REPORTED.values():
+        assert "" in by_ablation and set(by_ablation) <= {"", *module.ABLATIONS}
+        assert all(set(row) <= set(evaluation.COLUMNS) for metrics in by_ablation.values() for row in metrics.values())
+    assert all(isinstance(module.learning_rate_factor(e), float) for e in (0, 50))
+    signature = lambda f: list(inspect.signature(f).parameters)
+    assert signature(module.Model) == ["dims", "task", "config"] and signature(module.Model.losses) == ["self", "complete", "missing", "target", "real", "teacher"]
+    assert signature(module.Model.represent) == ["self", "streams", "real"] and signature(module.Model.forward)[:5] == ["self", *STREAMS, "real"]
+    real = {m: torch.arange(6).expand(8, 6) < 5 for m in STREAMS}
+    x = {m: torch.randn(8, 6, d) * real[m][..., None] for m, d in WIDTHS.items()}
+    for task in set(module.TASKS.values()):
+        target, outputs = {"regression": (torch.randn(8), (8, 1)), "polarity": (torch.arange(8) % 2, (8, 2)), "emotions": (torch.arange(32).view(8, 4) % 2, (8, 4, 2))}[task]
+        for ablation in ("", *module.ABLATIONS):
+            model = module.Model(WIDTHS, task, dataclasses.replace(module.Config(), **module.ABLATIONS.get(ablation, {})))
+            assert model.stages and all(sets and set(sets) <= set(data.SETS) for sets in model.stages.values())
+            for stage in model.stages:
+                model.begin(stage)
+                assert {model.sees_missing, model.has_teacher} <= {True, False}
+                teacher = model.eval().teacher_outputs(x, real) if model.has_teacher else None
+                assert teacher is None or all(isinstance(t, torch.Tensor) and len(t) == 8 for t in teacher)
+                blind = {m: v.new_full(v.shape, float("nan")) for m, v in x.items()}
+                terms = model.train().losses(x, x if model.sees_missing else blind, target, real, teacher)
+                assert "total" in terms and all(t.shape == () and t.isfinite() for t in terms.values())
+                terms["total"].backward()
+                h = model.eval().represent(x, real)
+                assert h.ndim == 2 and len(h) == 8 and model.classify(h).shape == outputs
+                torch.testing.assert_close(model(**x, real=real), model.classify(h), rtol=0, atol=0)
+                if model.encode:
+                    torch.testing.assert_close(torch.cat([model.encode(m, x[m], real[m]) for m in STREAMS], 1), h, rtol=0, atol=1e-6)
+            with pytest.raises(ValueError, match="no stage 'pretraining'"):
+                model.begin("pretraining")
+
+
+def test_the_programs_guess_nothing_of_a_method():
+    for name in ("train.py", "eval.py"):
+        code = (ROOT / name).read_text()
+        assert not re.search(r"hasattr|getattr\(|inspect\.|\"(teacher|student)\"", code), name
+        for method in evaluation.METHODS:
+            assert not re.search(rf"^import.*\b{method}\b", code, re.M), name
+
+
+USES = {    # what the ten lines of each opening leave open: a batch, and the shape of the last line's answer
+    "corrkd": ("(streams, missing, torch.tensor([0, 1] * 4), real)", "logits", (8, 2)),
+    "umdf": ("(streams, missing, torch.randn(8), real)", "sentiment", (8, 1)),
+    "double_flow": ("(streams, torch.randn(8), real)", "sentiment", (8, 1))}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_copied_alone_it_trains_by_its_docstring(tmp_path, name):
+    """The file in an empty folder, the lines of its docstring as they stand, after the batches that they ask for."""
+    batch, answer, shape = USES[name]
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    lines = re.search(r"Use in another code base.*?\n\n(.*?)\n\"\"\"", (ROOT / f"{name}.py").read_text(), re.S)[1]
+    (tmp_path / "use.py").write_text(f"""
+import torch
+from {name} import *
+torch.manual_seed(0)
+widths = {{"text": 300, "audio": 74, "vision": 35}}
+streams = {{m: torch.randn(8, 6, d) for m, d in widths.items()}}
+missing = {{m: x * (torch.rand(8, 6, 1) < .5) for m, x in streams.items()}}
+real = {{m: torch.arange(6).expand(8, 6) < 5 for m in widths}}
+batches = [{batch}] * 3
+text, audio, vision = streams.values()
+{chr(10).join(line[4:] for line in lines.splitlines())}
+assert {answer}.shape == {shape} and {answer}.isfinite().all()
+print("trained")
+""")
+    done = subprocess.run([sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); exec(open('use.py').read())"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "trained", done.stderr
+
+
+def test_method_files_need_torch_alone():
+    code = f"""import sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+for name in ("umdf", "corrkd", "double_flow"):
+    before = set(sys.modules)
+    __import__(name)
+    print(*set(sys.modules) - before)
+    del sys.modules[name]       # so that one that imports another is seen"""
+    for name, line in zip(("umdf", "corrkd", "double_flow"), program("-c", code, cwd="/").stdout.splitlines(), strict=True):
+        assert {m.split(".")[0] for m in line.split()} - set(sys.stdlib_module_names) - {"torch"} == {name}
