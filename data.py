@@ -21,6 +21,7 @@ import contextlib
 import hashlib
 import io
 import math
+import mmap
 import os
 import pickle
 import re
@@ -53,7 +54,7 @@ SYNTHETIC = "SYNTHETIC stand-in, version 1"
 GLOVE = {"text": 300, "audio": 74, "vision": 35}        # widths of the papers' GloVe, COVAREP and Facet features
 FIELDS = (*STREAMS, SIMULATED, "labels", "regression_labels", "id", *(f"{m}_lengths" for m in STREAMS))
 CHUNK = 256             # clips handled at a time: bounds every temporary copy
-LARGE = 1 << 20         # bytes from which an array stays in the file until it is needed
+LARGE = 1 << 20         # bytes from which an array is a view of the file, not read until it is needed
 MAX_FRAMES = 1500       # of a training clip in feature folders; our choice
 
 
@@ -103,39 +104,25 @@ def replacing(path: Path):
 
 # ---------------------------------------------------------------------------------- reading pickles
 
-class _Block:
-    """A large block of a pickle's bytes, not read but noted. Each array is later read from the file piece by piece: no
-    second copy, and what nobody asks for (other splits, text_bert) is never read."""
-
-    def __init__(self, path: Path, offset: int, length: int):
-        self.path, self.offset, self.length = path, offset, length
-
-    def __len__(self) -> int:
-        return self.length
-
-
 class _File:
-    """A pickle's bytes; with a path, its large blocks stay in that file."""
+    """A pickle's bytes, in memory or mapped, and how far they are read."""
 
-    def __init__(self, file, size: int, path: Path | None = None):
-        self.file, self.size, self.path, self.readline = file, size, path, file.readline
+    def __init__(self, content: bytes | mmap.mmap):
+        self.content, self.size, self.at = content, len(content), 0
+
+    def block(self, count: int) -> memoryview:
+        """The next bytes as they lie in the file: nothing of them is read before it is used, and nothing copied."""
+        self.at += count
+        if self.at > self.size:
+            raise EOFError("it ends too early")
+        return memoryview(self.content)[self.at - count:self.at]
 
     def read(self, count: int) -> bytes:
-        if count > self.size:       # before memory for all of it is taken
-            raise EOFError("it ends too early")
-        part = self.file.read(count)
-        if len(part) < count:
-            raise EOFError("it ends too early")
-        return part
+        return bytes(self.block(count))
 
-    def block(self, count: int) -> bytes | _Block:
-        if self.path is None or count < LARGE:
-            return self.read(count)
-        offset = self.file.tell()
-        if offset + count > self.size:
-            raise EOFError("it ends too early")
-        self.file.seek(count, 1)
-        return _Block(self.path, offset, count)
+    def readline(self) -> bytes:
+        end = self.content.find(b"\n", self.at)
+        return self.read((self.size if end < 0 else end) + 1 - self.at)
 
 
 class _DType:
@@ -151,7 +138,7 @@ class _DType:
 
 
 class _Array:
-    """A pickled numpy.ndarray; `value` is the array itself, or a memory map of it where it is large."""
+    """A pickled numpy.ndarray; `value` is the array itself, a view of the file where it is large."""
     value = None
 
     def __setstate__(self, state):
@@ -169,8 +156,6 @@ class _Array:
             for i, item in enumerate(raw):                      # not [:]: numpy would unpack items that are lists
                 self.value[i] = item
             self.value = self.value.reshape(shape, order=order)
-        elif isinstance(raw, _Block):
-            self.value = np.memmap(raw.path, dtype, "r", raw.offset, tuple(shape), order)
         else:
             self.value = np.frombuffer(raw, dtype).reshape(shape, order=order)
 
@@ -184,11 +169,12 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(source, encoding="latin1")
         self.source = source
 
-    def load_binbytes(self):
-        self.append(self.source.block(int.from_bytes(self.read(4), "little")))
+    def load_binbytes(self, digits: int = 4):
+        block = self.source.block(int.from_bytes(self.read(digits), "little"))
+        self.append(block if len(block) >= LARGE else bytes(block))
 
     def load_binbytes8(self):
-        self.append(self.source.block(int.from_bytes(self.read(8), "little")))
+        self.load_binbytes(8)
 
     def load_frame(self):           # frames are there to be read ahead, and need not be
         self.read(8)
@@ -247,10 +233,12 @@ def read_pickle(path: Path) -> dict:
     """split -> field -> array or list, for the splits train, valid and test and the fields that are used, and whether
     the file is marked as "SYNTHETIC". Runs nothing in the file."""
     with told(path, "Download it again from where the README says."), open(path, "rb") as file:
-        source = _File(file, path.stat().st_size, path)
+        if path.stat().st_size == 0:
+            raise EOFError("it is empty")
+        source = _File(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         content = _Unpickler(source).load()
-        if file.tell() != source.size:
-            raise pickle.UnpicklingError(f"{source.size - file.tell()} bytes follow where it should end")
+        if source.at != source.size:
+            raise pickle.UnpicklingError(f"{source.size - source.at} bytes follow where it should end")
         if isinstance(content, dict) and all(isinstance(content.get(s), dict) for s in SPLITS):
             used = {s: {k: content[s][k] for k in FIELDS if k in content[s]} for s in SPLITS}
             return {**{s: {k: _plain(v, max(source.size, 1000)) for k, v in used[s].items()} for s in SPLITS},
@@ -285,12 +273,12 @@ def _count(field) -> int:
     return len(field) if isinstance(field, np.ndarray) and field.ndim else 0
 
 
-def _rows(array: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """array[start:stop]; of a large array in the file a fresh map of these rows alone, so that pages do not pile up."""
-    if isinstance(array, np.memmap) and array.flags.c_contiguous:
-        offset, shape = array.offset + start * array.strides[0], (stop - start, *array.shape[1:])
-        return np.memmap(array.filename, array.dtype, "r", offset, shape)
-    return array[start:stop]
+def _release(array: np.ndarray) -> None:
+    """Give back the memory of a mapped file that was read so far: a second reading finds it in the file again."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    if isinstance(array, memoryview) and isinstance(array.obj, mmap.mmap) and os.name == "posix":
+        array.obj.madvise(mmap.MADV_DONTNEED)
 
 
 def _stream(fields: dict, name: str, where: str, ids: list, count: int) -> tuple:
@@ -306,7 +294,7 @@ def _stream(fields: dict, name: str, where: str, ids: list, count: int) -> tuple
     x, seen, minus = torch.empty(count, *array.shape[1:]), torch.empty(count, array.shape[1], dtype=torch.bool), 0
     for i in range(0, count, CHUNK):
         with np.errstate(over="ignore"):
-            part = torch.from_numpy(_rows(array, i, min(count, i + CHUNK)).astype(np.float32))
+            part = torch.from_numpy(array[i:min(count, i + CHUNK)].astype(np.float32))
         if name == "audio":
             minus += int((part == -torch.inf).sum())
             part.masked_fill_(part == -torch.inf, 0)
@@ -315,6 +303,7 @@ def _stream(fields: dict, name: str, where: str, ids: list, count: int) -> tuple
             raise DataError(f"{where}: '{name}' holds values that are NaN, infinite or too large for float32, first in "
                             f"clip {ids[bad] if ids else bad}. Repair the file or download it again.")
         x[i:i + CHUNK], seen[i:i + CHUNK] = part, (part != 0).any(-1)
+        _release(array)
     return x, seen, f"{array.dtype}" + (f", {minus} values of -inf read as 0" if minus else "")
 
 
@@ -507,7 +496,7 @@ def read_labels(path: Path) -> dict:
             read = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
             if not read(raw)[2].hasobject:
                 raise pickle.UnpicklingError(f"{name} holds no dict")
-            corpus = _plain(_Unpickler(_File(raw, raw.getbuffer().nbytes)).load(), 1).reshape(-1)[0]
+            corpus = _plain(_Unpickler(_File(raw.read())).load(), 1).reshape(-1)[0]
             values = np.array([float(np.reshape(_plain(fact["val"], 1), ())) for fact in corpus.values()], np.float32)
             result[split] = list(map(str, corpus)), torch.from_numpy(values)
     for split, (ids, label) in result.items():
@@ -554,20 +543,9 @@ def _feature_splits(features: dict, labels: Path, splits, limit: int | None, max
                     "notes": said + _shared({s: ids for s, (ids, _) in corpus.items()})}
 
 
-def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "valid"), device="cpu", normalize=True,
-         stats: dict | None = None, synthetic=False, limit: int | None = None, features: dict | None = None,
-         labels: str | Path | None = None, max_frames: int = MAX_FRAMES) -> dict:
-    """The named splits, plus "dataset", "dims" (stream -> width), "aligned" (whether all streams have the same number
-    of frames), "lacking" (streams without a single frame in these splits), "stats" (None without normalisation) and
-    "source": what the data is, and the arguments that load it again. `dataset` None: told from the file, for a look at
-    it. `stats` of an earlier load replace the training split's own; `limit` keeps each split's first clips. The other
-    splits' features are not read. Memory peaks a little above the float32 size of the features. With `features`
-    (stream -> folder) and `labels`, clips are read from feature files batch by batch, as they are: normalize must be
-    off."""
+def _read(dataset: str | None, data_dir, splits, synthetic, limit, features, labels, max_frames) -> tuple:
+    """The data set's name, its splits as they are, and their source; the arguments are those of `load`."""
     if features:
-        if normalize or dataset == "iemocap" or labels is None:
-            raise DataError("--features needs --labels FILE, Double-Flow's label_official.npz, and holds sentiment "
-                            "clips that are used as they are: mosi or mosei, without --normalize.")
         result, source = _feature_splits(features, Path(labels), splits, limit, max_frames)
     elif synthetic:
         fields = {s: stand_in(dataset, s) for s in splits}
@@ -585,6 +563,23 @@ def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "v
         result = {s: tensors(fields.pop(s), dataset, f"{source['file']}, split {s}", limit) for s in splits}
     source["arguments"] = {"data_dir": str(data_dir), "synthetic": synthetic, "features": features,
                            "labels": labels and str(labels), "max_frames": max_frames}
+    return dataset, result, source
+
+
+def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "valid"), device="cpu", normalize=True,
+         stats: dict | None = None, synthetic=False, limit: int | None = None, features: dict | None = None,
+         labels: str | Path | None = None, max_frames: int = MAX_FRAMES) -> dict:
+    """The named splits, plus "dataset", "dims" (stream -> width), "aligned" (whether all streams have the same number
+    of frames), "lacking" (streams without a single frame in these splits), "stats" (None without normalisation) and
+    "source": what the data is, and the arguments that load it again. `dataset` None: told from the file, for a look at
+    it. `stats` of an earlier load replace the training split's own; `limit` keeps each split's first clips. The other
+    splits' features are not read. Memory peaks a little above the float32 size of the features. With `features`
+    (stream -> folder) and `labels`, clips are read from feature files batch by batch, as they are: normalize must be
+    off."""
+    if features and (normalize or dataset == "iemocap" or labels is None):
+        raise DataError("--features needs --labels FILE, Double-Flow's label_official.npz, and holds sentiment clips "
+                        "that are used as they are: mosi or mosei, without --normalize.")
+    dataset, result, source = _read(dataset, data_dir, splits, synthetic, limit, features, labels, max_frames)
     dims = {m: result[splits[0]][m].shape[2] for m in streams(result[splits[0]])}
     if any(dims != {m: result[s][m].shape[2] for m in streams(result[s])} for s in splits):
         raise DataError(f"{source['file']}: the splits differ in feature width.")
@@ -599,6 +594,12 @@ def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "v
         result[s].update({k: result[s][k].to(device) for k in (*streams(result[s]), "label")})
     aligned = not features and all(len({result[s][m].shape[1] for m in STREAMS}) == 1 for s in splits)
     lacking = [m for m in STREAMS if all(m in result[s]["lacking"] for s in splits)]
+    if lacking:
+        gone = " ".join("{" + ",".join(c) + "}" for c in SETS if c not in answerable(SETS, lacking))
+        source["notes"].append(f"there is no {' and no '.join(lacking)}: {gone} are not answered and count in no average; "
+                               "{l,a,v} is all that there is")
+    if not aligned and not features:
+        source["notes"].append("the streams are not aligned")
     return {**result, "dataset": dataset, "dims": dims, "aligned": aligned, "lacking": lacking,
             "stats": stats if normalize else None, "source": source}
 
@@ -625,7 +626,7 @@ def comparison(dataset: str, dims: dict, source: dict, widths: dict) -> tuple[bo
         why.append(f"{'/'.join(map(str, source['sizes']))} clips are not the standard splits of {dataset} "
                    f"({'/'.join(map(str, SIZES[dataset]))})")
     if dims["text"] != widths["text"]:
-        why.append(f"text is {dims['text']} wide, not {widths['text']}" + " (BERT's width)" * (dims["text"] == 768))
+        why.append(f"text is {dims['text']} wide{', as from BERT' if dims['text'] == 768 else ''}, not {widths['text']}")
     if why:
         return False, "nothing is compared with the paper: " + "; ".join(why)
     other = ", ".join(f"{m} {dims[m]} wide, not {w}" for m, w in widths.items() if dims[m] != w)
@@ -774,7 +775,7 @@ def check(path: Path) -> None:
     print(f"  CorrKD, UMDF: {said or 'the features and splits of the papers'}")
     print("  Double-Flow: trains on this file; its paper's features are folders, so nothing is compared with it; "
           f"simulated text {'comes from the file' if SIMULATED in loaded['dims'] else 'is learned from the audio'}")
-    for note in source["notes"] + [f"no {m} in this file" for m in loaded["lacking"]]:
+    for note in source["notes"]:
         print(f"  note: {note}")
 
 

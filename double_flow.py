@@ -233,7 +233,8 @@ class DoubleFlow(nn.Module):
     sets beside its name, one for each flow."""
 
     stages = {"train": tuple(TABLE)}
-    sees_missing, has_teacher, encode = False, False, None      # its own missing flow; one network; streams interact
+    sees_missing, has_teacher = False, False    # the missing flow is its own
+    teacher_outputs = encode = None             # no frozen teacher; streams interact
 
     def __init__(self, dims: dict[str, int], task: str, config: Config | None = None):
         super().__init__()
@@ -265,10 +266,6 @@ class DoubleFlow(nn.Module):
         """There is one stage, in which everything learns."""
         if stage not in self.stages:
             raise ValueError(f"no stage {stage!r}: this model has {', '.join(self.stages)}")
-
-    def teacher_outputs(self, complete: dict[str, Tensor], real: dict[str, Tensor] | None = None) -> tuple:
-        """Nothing: no frozen teacher."""
-        return ()
 
     def refine(self, level: int, streams: dict[str, Tensor], missing: Tensor) -> dict[str, Tensor]:
         """MIA, (4) and (10): streams m -> (B, ...), of which the text is refined where missing (B,) is True."""

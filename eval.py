@@ -8,6 +8,7 @@ Runs of the same method, data and ablation are averaged over their seeds. Each r
 tables and curves are made from these files alone; --stored takes them as they are.
 """
 import argparse
+import contextlib
 import csv
 import importlib
 import io
@@ -51,7 +52,6 @@ SHOWN = ("happy", "sad", "angry", "neutral")    # the papers' order of emotions
 MAIN = ("F1", "MAE", *(f"F1 {e}" for e in SHOWN))   # in every table; the others of a regression where it stands alone
 STRENGTHS = (1e5, 1e4, 1e3, 1e2, 1e1, 1e0)      # of the ridge regression that is the linear baseline
 COPIES = 5              # randomly dropped copies of the training split that it is fitted on
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")     # Okabe and Ito
 MARKERS = "os^Dv<>P"
 
 # ---------------------------------------------------------------------------------- predictions and metrics
@@ -71,11 +71,6 @@ def targets(label: torch.Tensor, task: str) -> tuple[torch.Tensor, torch.Tensor]
 def constant(truth: torch.Tensor, task: str):
     """What a predictor that knows only these labels answers: their median, or the commoner class of each decision."""
     return truth.median().item() if task == "regression" else truth.float().mean(0).round().long().tolist()
-
-
-def answers(output: torch.Tensor, task: str) -> np.ndarray:
-    """A model's outputs as sentiment (n,) or classes (n,), (n, 4)."""
-    return (output[:, 0] if task == "regression" else output.argmax(-1)).cpu().numpy()
 
 
 def weighted_f1(truth: np.ndarray, answer: np.ndarray) -> float:
@@ -169,7 +164,7 @@ def evaluate(model, task: str, split: dict, conditions, name: str, mask_seed: in
     truth, result = truth.cpu().numpy(), {}
     for condition, output, rates in predict(model, split, conditions, name, mask_seed, size):
         output = output[index]
-        answer = answers(output, task)
+        answer = (output[:, 0] if task == "regression" else output.argmax(-1)).cpu().numpy()
         result[str(condition)] = {"n": len(truth), "realised": rates, **metrics(task, answer, truth)}
         if clips is not None:
             chance = [None] * len(truth) if task == "regression" else output.softmax(-1)[..., 1].tolist()
@@ -233,26 +228,33 @@ def fit_linear(loaded: dict, task: str) -> dict | None:
 
 # ---------------------------------------------------------------------------------- runs
 
-def run_record(method: str, dataset: str, ablation: str, seed, config, loaded: dict, train_label: torch.Tensor,
-               normalize: bool, limit: int | None) -> dict:
+def run_record(method: str, dataset: str, ablation: str, seed, config, loaded: dict, normalize: bool,
+               limit: int | None) -> dict:
     """What a run is: one dict, which stands as "run" in config.json, best.pt, last.pt and results.json."""
     task = METHODS[method].TASKS[dataset]
     return {"format": FORMAT, "method": method, "dataset": dataset, "task": task, "ablation": ablation, "seed": seed,
             "limit": limit, "normalize": normalize, "dims": loaded["dims"], "lacking": loaded["lacking"],
-            "config": asdict(config), "constant": constant(targets(train_label, task)[1], task),
+            "config": asdict(config), "constant": constant(targets(loaded["train"]["label"], task)[1], task),
             "data": loaded["source"]}
 
 
 def settings(run: dict) -> dict:
-    """A run record as one level, without what may differ between runs that are the same: where the data lies."""
-    run = json.loads(json.dumps(run))
-    source, config = run.pop("data"), run.pop("config")
-    return {**run, **config, "data file": source["sha256"] or source["file"]}
+    """A run record as one level, without what may differ between runs that are the same: where the data lies. A
+    DataError for what is no run record of this version."""
+    known = {"format", "method", "dataset", "task", "ablation", "seed", "limit", "normalize", "dims", "lacking", "config",
+             "constant", "data"}
+    if (not isinstance(run, dict) or set(run) != known or run["format"] != FORMAT or run["method"] not in METHODS
+            or run["dataset"] not in data.SIZES or not isinstance(run["config"], dict)
+            or not {"sha256", "file", "synthetic"} <= set(run["data"] if isinstance(run["data"], dict) else ())):
+        raise pickle.UnpicklingError("it holds no run of this version")
+    source, config = run["data"], run["config"]
+    return {**{k: v for k, v in run.items() if k not in ("data", "config")}, **config,
+            "data file": source["sha256"] or source["file"]}
 
 
 def differences(one: dict, other: dict) -> list[str]:
     """In what two run records differ."""
-    a, b = settings(one), settings(other)
+    a, b = (json.loads(json.dumps(settings(run))) for run in (one, other))
     return [k for k in {**a, **b} if a.get(k) != b.get(k)]
 
 
@@ -266,27 +268,23 @@ def read_tensors(path: Path, device):
             raise pickle.UnpicklingError("it holds more than tensors and plain values") from None
 
 
-def read_checkpoint(path: Path, device="cpu") -> dict:
-    """A checkpoint of train.py, or a DataError that says what is wrong with it."""
+def read_checkpoint(path: Path, needed: tuple, device="cpu") -> dict:
+    """A checkpoint of train.py that holds these entries, or a DataError that says what is wrong with it."""
     with data.told(path, "It is damaged or no checkpoint of this version of train.py: train again with --no-resume."):
         content = read_tensors(path, device)
-        run = content["run"]
-        METHODS[run["method"]].PAPER[run["dataset"]], settings(run), content["model"], run["task"], run["dims"]
-        if run["format"] != FORMAT:
-            raise ValueError
+        settings(content["run"])
+        if not set(needed) <= set(content):
+            raise pickle.UnpicklingError(f"it holds no {' and no '.join(sorted(set(needed) - set(content)))}")
         return content
 
 
 def build(checkpoint: dict, path: Path, device) -> torch.nn.Module:
     """The model of a checkpoint, ready to answer."""
     run, module = checkpoint["run"], METHODS[checkpoint["run"]["method"]]
-    try:
+    with data.told(path, f"It does not fit {run['method']}.py, so it is of another version: train again."):
         model = module.Model(run["dims"], run["task"], module.Config(**run["config"])).to(device)
         model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise DataError(f"{path} does not fit {run['method']}.py, so it is of another version: "
-                        f"{str(error).splitlines()[0]} Train again.") from None
-    return model.eval()
+        return model.eval()
 
 
 def device_named(name: str) -> torch.device:
@@ -319,14 +317,11 @@ def measure(model, linear: Linear | None, run: dict, loaded: dict, args, clips: 
 def open_run(folder: Path, args, device, cache: dict) -> tuple[dict, torch.nn.Module, dict]:
     """A run's checkpoint, its model, and the asked split as the run wants it."""
     path = folder / "best.pt"
-    checkpoint = read_checkpoint(path, device)
+    checkpoint = read_checkpoint(path, ("model", "stats", "linear", "epoch"), device)
     model, run = build(checkpoint, path, device), checkpoint["run"]
-    if "linear" not in checkpoint:
-        raise DataError(f"{path} is a checkpoint to go on training from: best.pt is the one to evaluate.")
     where = dict(run["data"]["arguments"])
     if args.data_dir:
         where.update(data_dir=args.data_dir, synthetic=False, features=None, labels=None)
-    where.update({k: v for k, v in (("features", args.features), ("labels", args.labels)) if v})
     key = json.dumps([run["dataset"], run["limit"], run["normalize"], run["data"]["sha256"], where], default=str)
     if key not in cache:
         cache.clear()       # runs come sorted, and one split may fill the memory
@@ -366,38 +361,18 @@ def read_results(folder: Path, args) -> dict:
     path = folder / "results.json"
     with data.told(path, "It is damaged or of another version: leave --stored out to evaluate the run."):
         result = json.loads(path.read_text())
-        run, module = result["run"], METHODS[result["run"]["method"]]
-        module.PAPER[run["dataset"]], module.Config(**run["config"]), settings(run), result["epochs_run"]
-        data.comparison(run["dataset"], run["dims"], result["data"], module.FEATURES)
+        run = result["run"]
+        usual = asdict(METHODS[settings(run)["method"]].Config())
+        if set(run["config"]) != set(usual) or not {"sizes", "notes"} <= set(result["data"]):
+            raise pickle.UnpicklingError("it is of another version")
         wrong = [f"{k} {result[k]}, not {v}" for k, v in (("split", args.split), ("mask_seed", args.mask_seed))
                  if result[k] != v]
         wrong += [f"no condition {c}" for c in conditions(args, run["lacking"]) if str(c) not in result["conditions"]][:1]
-        if run["format"] != FORMAT:
-            wrong.append("another version's form")
     if (folder / "best.pt").exists() and data.sha256(folder / "best.pt") != result["checkpoint_sha256"]:
         wrong.append("another checkpoint than the best.pt beside it")
     if wrong:
         raise DataError(f"{path} has {', '.join(wrong)}. Leave --stored out to evaluate the run again.")
     return result
-
-
-def evaluate_official(args, device) -> dict:
-    """Double-Flow's published checkpoint on its authors' features: MIA off, as in the official main file."""
-    module = METHODS["double_flow"]
-    loaded = data.load("mosei", splits=(args.split,), device=device, normalize=False, features=args.features,
-                       labels=args.labels)
-    config, advice = module.Config(mia="off"), "It is damaged, or not the published checkpoint."
-    model = module.Model(loaded["dims"], "regression", config).to(device)
-    with data.told(f"--official {args.official}", advice):
-        content = read_tensors(args.official, device)
-        try:
-            model.load_official(content)
-        except ValueError as error:
-            raise DataError(f"--official {args.official}: {error}.") from None
-    run = run_record("double_flow", "mosei", "", f"of the published checkpoint {args.official.name}", config, loaded,
-                     data.read_labels(args.labels)["train"][1], False, None)
-    return {**measure(model.eval(), None, run, loaded, args), "epoch": None, "epochs_run": None,
-            "checkpoint_sha256": data.sha256(args.official)}
 
 
 # ---------------------------------------------------------------------------------- the numbers of a table
@@ -560,12 +535,6 @@ def heading(results: list[dict], args) -> list[str]:
         said.append("SYNTHETIC data: these numbers say nothing of the papers'. Its test split has another majority than "
                     "its training split, so a constant answer scores below 50 there")
     said += [f"note: {line}" for line in (*source["notes"], compared(r)[1]) if line]
-    if run["lacking"]:
-        gone = [TITLES[c] for c in data.SETS if c not in data.answerable(data.SETS, run["lacking"])]
-        said.append(f"note: the data holds no {' and no '.join(run['lacking'])}: {' '.join(gone)} are not answered and "
-                    "count in no average; {l,a,v} is all that there is")
-    if not run["config"]["aligned"]:
-        said.append("note: unaligned streams")
     if told := simulation(run["method"], run["dims"]):
         said.append(told)
     if not r["linear"]:
@@ -607,22 +576,21 @@ def show_report(groups: dict, rows: list[dict], args) -> None:
     print()
 
 
-def pyplot():
-    """matplotlib, drawing to files, at a size that can be read at a column's width."""
+@contextlib.contextmanager
+def drawing(path: Path, rows: int, columns: int):
+    """Axes (rows, columns) to draw into; the figure with one legend of all labels is written to `path` at the end."""
     try:
         import matplotlib
     except ImportError:
         raise DataError("--plot needs matplotlib: pip install matplotlib. All else works without it.") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    pyplot.rcParams.update({"font.size": 8, "savefig.dpi": 200, "lines.linewidth": 1.2, "lines.markersize": 4,
-                            "figure.constrained_layout.use": True})
-    return pyplot
-
-
-def save_figure(figure, path: Path) -> None:
+    pyplot.rcParams.update({"font.size": 8, "savefig.dpi": 200, "lines.markersize": 4})
+    figure, axes = pyplot.subplots(rows, columns, figsize=(3.4 * columns, 3 * rows + .4), squeeze=False,
+                                   layout="constrained")
+    yield axes
     lines = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=max(2, len(figure.axes)), fontsize=7)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=max(2, columns), fontsize=7)
     with data.replacing(path) as file:
         try:
             figure.savefig(file, format=path.suffix[1:] or "png", bbox_inches="tight")     # no legend is cut off
@@ -634,44 +602,43 @@ def plot_curves(reports: list, path: Path) -> None:
     """Each metric against the share of dropped frames, a row of panels for each data set: a line a group, the band one
     standard deviation, a star the paper's number where nothing is dropped. At most six ablations a panel; the full
     methods are in all of them, drawn last and thickest. reports: (groups, rows)."""
-    plt, panels = pyplot(), []      # a row each: (title, metric, full methods, ablations, rows)
-    full, less = ([n for n in dict.fromkeys(n for groups, _ in reports for n in groups)
-                   if any(bool(g[n][0]["run"]["ablation"]) is ablated for g, _ in reports if n in g)]
-                  for ablated in (False, True))
+    of = {name: results[0] for groups, _ in reports for name, results in groups.items()}
+    order = sorted(of, key=lambda name: bool(of[name]["run"]["ablation"]))      # full methods first: the same style in all
+    panels = []
     for groups, rows in reports:
-        source, run = next(iter(groups.values()))[0]["data"], next(iter(groups.values()))[0]["run"]
-        title = run["dataset"] + (", SYNTHETIC" if source["synthetic"] else f", data {source['sha256'][:6]}")
-        ablated = [n for n in less if n in groups]
-        panels.append([(title, metric, [n for n in full if n in groups], ablated[i:i + 6], rows)
-                       for metric in dict.fromkeys(r["metric"] for r in rows if r["table"] == "rates" and r["metric"])
-                       for i in range(0, max(1, len(ablated)), 6)])
-    figure, axes = plt.subplots(len(panels), max(map(len, panels)), squeeze=False,
-                                figsize=(3.4 * max(map(len, panels)), 3 * len(panels) + .4))
-    for line, row in zip(axes, panels):
-        for axis in line[len(row):]:
-            axis.set_visible(False)
-        for axis, (title, metric, mine, ablated, rows) in zip(line, row):
-            curves = {}
-            for r in (r for r in rows if r["table"] == "rates" and r["metric"] == metric and r["column"] != "area"):
-                curves.setdefault((r["kind"], r["group"]), []).append(r)
-            for (kind, group), points in curves.items():
-                if kind in ("constant", "linear"):
-                    axis.plot([float(r["column"]) for r in points], [r["mean"] for r in points], color="grey",
-                              linewidth=.7, linestyle="-" if kind == "linear" else ":", label=f"{kind} {group}".strip())
-            for name in [*ablated, *mine]:
-                i, points = (full + less).index(name), curves.get(("ours", name), [])
-                rates, mean = np.array([float(r["column"]) for r in points]), np.array([r["mean"] for r in points])
-                std = np.array([r["std"] or 0 for r in points])
-                colour = COLOURS[i % len(COLOURS)]
-                axis.plot(rates, mean, "-" if i < len(COLOURS) else "--", color=colour, marker=MARKERS[i % len(MARKERS)],
-                          linewidth=2.2 if name in mine else 1, label=name)
-                axis.fill_between(rates, mean - std, mean + std, alpha=.15, linewidth=0, color=colour)
-                for r in curves.get(("paper", name), []):
-                    axis.plot(0, r["mean"], "*", color=colour, markersize=9, clip_on=False, label=f"{name}, paper")
-            axis.fill_between([], [], [], color="grey", alpha=.15, label="band: ± one standard deviation over the seeds")
-            axis.set(xlabel="share of frames dropped, p", title=title,
-                     ylabel=metric if metric == "MAE" else f"weighted {metric} (%)")
-    save_figure(figure, path)
+        ablated = [n for n in order if n in groups and of[n]["run"]["ablation"]]
+        full, metrics = [n for n in order if n in groups and n not in ablated], dict.fromkeys(
+            r["metric"] for r in rows if r["table"] == "rates" and r["metric"])
+        panels.append([(groups, rows, metric, ablated[i:i + 6], full)
+                       for metric in metrics for i in range(0, max(1, len(ablated)), 6)])
+    with drawing(path, len(panels), max(map(len, panels))) as axes:
+        for axis, panel in zip(axes.flat, (p for row in panels for p in row + [None] * (axes.shape[1] - len(row)))):
+            axis.set_visible(panel is not None)
+            if panel:
+                plot_panel(axis, *panel, order)
+
+
+def plot_panel(axis, groups: dict, rows: list[dict], metric: str, ablated: list, full: list, order: list) -> None:
+    curves = {}
+    for r in (r for r in rows if r["table"] == "rates" and r["metric"] == metric and r["column"] != "area"):
+        curves.setdefault((r["kind"], r["group"]), []).append(r)
+    for (kind, group), points in curves.items():
+        if kind in ("constant", "linear"):
+            axis.plot([float(r["column"]) for r in points], [r["mean"] for r in points], color="grey", linewidth=.7,
+                      linestyle="-" if kind == "linear" else ":", label=f"{kind} of {group}" if group else kind)
+    for name in (n for n in (*ablated, *full) if ("ours", n) in curves):
+        i, points = order.index(name), curves["ours", name]
+        rates, mean = [float(r["column"]) for r in points], np.array([r["mean"] for r in points])
+        std, style = np.array([r["std"] or 0 for r in points]), {"color": f"C{i % 10}", "label": name}
+        axis.plot(rates, mean, "-" if i < 10 else "--", marker=MARKERS[i % len(MARKERS)],
+                  linewidth=2.2 if name in full else 1, **style)
+        axis.fill_between(rates, mean - std, mean + std, alpha=.15, linewidth=0, color=style["color"])
+        for r in curves.get(("paper", name), []):
+            axis.plot(0, r["mean"], "*", color=style["color"], markersize=9, clip_on=False, label=f"{name}, paper")
+    axis.fill_between([], [], [], color="grey", alpha=.15, label="band: ± one standard deviation over the seeds")
+    run, source = next(iter(groups.values()))[0]["run"], next(iter(groups.values()))[0]["data"]
+    axis.set(xlabel="share of frames dropped, p", ylabel=metric if metric == "MAE" else f"weighted {metric} (%)",
+             title=run["dataset"] + (", SYNTHETIC" if source["synthetic"] else f", data {source['sha256'][:6]}"))
 
 
 def joint(model, split: dict, task: str, condition, args) -> tuple[np.ndarray, np.ndarray]:
@@ -690,22 +657,19 @@ def joint(model, split: dict, task: str, condition, args) -> tuple[np.ndarray, n
 def plot_tsne(groups: list[tuple[str, Path]], args, device, cache: dict) -> None:
     """t-SNE of the joint representations of each group's first seed, half of the frames dropped and text alone."""
     from sklearn.manifold import TSNE
-    plt, shown = pyplot(), {0.5: "p = 0.5", "l": "text alone"}
-    figure, axes = plt.subplots(len(groups), len(shown), figsize=(3.4 * len(shown), 2.8 * len(groups) + .3),
-                                squeeze=False)
-    for row, (name, folder) in zip(axes, groups):
-        checkpoint, model, loaded = open_run(folder, args, device, cache)
-        run = checkpoint["run"]
-        kinds = data.EMOTIONS if run["task"] == "emotions" else ("negative", "positive")
-        for axis, (condition, title) in zip(row, shown.items()):
-            h, kind = joint(model, loaded[args.split], run["task"], condition, args)
-            place = TSNE(perplexity=min(30, (len(h) - 1) / 3), random_state=args.mask_seed).fit_transform(h)
-            for k in np.unique(kind):
-                axis.scatter(*place[kind == k].T, s=8, marker=MARKERS[k], label=kinds[k])
-            made_up = ", SYNTHETIC" if run["data"]["synthetic"] else ""
-            axis.set(title=f"{name}, {run['dataset']}{made_up}: {title}", xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[],
-                     yticks=[])
-    save_figure(figure, args.plot)
+    shown = {0.5: "p = 0.5", "l": "text alone"}
+    with drawing(args.plot, len(groups), len(shown)) as axes:
+        for row, (name, folder) in zip(axes, groups):
+            checkpoint, model, loaded = open_run(folder, args, device, cache)
+            run = checkpoint["run"]
+            kinds = data.EMOTIONS if run["task"] == "emotions" else ("negative", "positive")
+            for axis, (condition, title) in zip(row, shown.items()):
+                h, kind = joint(model, loaded[args.split], run["task"], condition, args)
+                place = TSNE(perplexity=min(30, (len(h) - 1) / 3), random_state=args.mask_seed).fit_transform(h)
+                for k in np.unique(kind):
+                    axis.scatter(*place[kind == k].T, s=8, marker=MARKERS[k], label=kinds[k])
+                where = run["dataset"] + (", SYNTHETIC" if run["data"]["synthetic"] else "")
+                axis.set(title=f"{name}, {where}: {title}", xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
 
 
 def write_csv(path: Path, columns, lines) -> None:
@@ -721,18 +685,13 @@ def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python eval.py RUN [RUN ...] [options]; -h explains them")
     add = parser.add_argument
-    add("runs", nargs="*", type=Path, help="run folders of train.py, or folders that hold some")
+    add("runs", nargs="+", type=Path, help="run folders of train.py, or folders that hold some")
     add("--protocol", choices=("combos", "rates", "both"), default="both",
         help="available sets of streams, dropped frames, or both (default)")
     add("--rates", nargs="+", type=float, default=list(data.RATES), help="shares of frames to drop (0.0 ... 1.0)")
     add("--mask-seed", type=int, default=0, help="seed of the fixed evaluation masks (default 0)")
     add("--split", choices=data.SPLITS, default="test", help="default test")
     add("--data-dir", help="data file or folder (default: the file that the run was trained on)")
-    add("--features", nargs="+", type=data.folder, metavar="NAME=DIR",
-        help="feature folders, as for train.py (default: those that the run was trained on)")
-    add("--labels", type=Path, metavar="FILE", help="their label file")
-    add("--official", type=Path, metavar="FILE",
-        help="evaluate Double-Flow's published checkpoint on --features and --labels instead of runs")
     add("--batch-size", type=int, default=256, help="clips at a time; changes no prediction (default 256)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--format", choices=("text", "markdown"), default="text", help="of the printed tables (default text)")
@@ -748,15 +707,8 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not all(0 <= p <= 1 for p in args.rates) or args.batch_size < 1:
         parser.error("--rates are shares from 0 to 1, and --batch-size is at least 1")
-    if bool(args.runs) == bool(args.official):
-        parser.error("name run folders, or --official FILE")
-    if args.official and not (args.features and args.labels):
-        parser.error("--official needs --features and --labels")
-    args.features = args.features and dict(args.features)
     if args.plot and args.figure == "curves" and args.protocol == "combos":
         parser.error("--plot draws the frame-dropping curve: leave --protocol combos out, or add --figure tsne")
-    if args.official and (args.stored or args.figure == "tsne" or args.predictions):
-        parser.error("--official goes without --stored, --predictions and --figure tsne")
     if args.stored and args.predictions:
         parser.error("--predictions needs an evaluation: leave --stored out")
     args.rates = sorted(set(args.rates))
@@ -782,9 +734,8 @@ def main(argv=None) -> int:
     args = parse(argv)
     try:
         device, cache, grouped, folders, reports, clips = device_named(args.device), {}, {}, {}, [], []
-        for folder in run_folders(args) if args.runs else [None]:
-            result = (evaluate_official(args, device) if folder is None else read_results(folder, args) if args.stored
-                      else evaluate_run(folder, args, device, cache, clips))
+        for folder in run_folders(args):
+            result = read_results(folder, args) if args.stored else evaluate_run(folder, args, device, cache, clips)
             what = {**settings(result["run"]), "seed": None, "evaluated on": result["data"]["sha256"]}
             runs = grouped.setdefault(json.dumps(what), [])
             if any(r["run"]["seed"] == result["run"]["seed"] for r in runs):

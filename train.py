@@ -58,6 +58,8 @@ def parse(argv=None) -> argparse.Namespace:
     add("--labels", type=Path, metavar="FILE", help="the label file of --features, Double-Flow's label_official.npz")
     add("--max-frames", type=int, default=data.MAX_FRAMES, metavar="N",
         help=f"of --features leave out training clips of more than N frames (default {data.MAX_FRAMES})")
+    add("--official", type=Path, metavar="FILE", help="train nothing: a run folder of the published checkpoint of "
+        "Double-Flow's official code, MIA off as in its main file, for eval.py to evaluate on --features")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--out", type=Path, default=Path("runs"), help="folder for the run folders (default: runs)")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where a run stopped")
@@ -69,6 +71,8 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error("--features are used as they are: leave --normalize and --synthetic out")
     if bool(args.features) != bool(args.labels):
         parser.error("--features and --labels belong together")
+    if args.official and not (args.features and args.method == "double_flow"):
+        parser.error("--official is for --method double_flow with --features and --labels")
     args.features = args.features and dict(args.features)
     args.normalize = not args.features if args.normalize is None else args.normalize
     for name in ("epochs", "batch_size", "lr", "limit", "jobs", "max_frames"):
@@ -90,9 +94,8 @@ def describe(args, ablation: str, seed: int, loaded: dict) -> dict:
     module = METHODS[args.method]
     changes = {k: v for k in ("epochs", "batch_size", "lr") if (v := vars(args)[k]) is not None}
     config = replace(module.PAPER[args.dataset], **changes, aligned=loaded["aligned"],
-                     **module.ABLATIONS.get(ablation, {}))
-    return evaluation.run_record(args.method, args.dataset, ablation, seed, config, loaded, loaded["train"]["label"],
-                                 args.normalize, args.limit)
+                     **({"mia": "off"} if args.official else module.ABLATIONS.get(ablation, {})))
+    return evaluation.run_record(args.method, args.dataset, ablation, seed, config, loaded, args.normalize, args.limit)
 
 
 def run_folder(args, ablation: str, seed: int, synthetic: bool) -> Path:
@@ -145,7 +148,7 @@ def save(path: Path, content: dict) -> None:
         file.write(buffer.getvalue())
 
 
-def store(folder: Path, state: dict, best: dict | None) -> None:
+def save_epoch(folder: Path, state: dict, best: dict | None) -> None:
     """last.pt, all that the next epoch depends on, which alone decides where a run goes on. best.pt, if there is a new
     one, goes before it and the log after it, which is always the history of last.pt."""
     if best:
@@ -175,11 +178,9 @@ def restore(folder: Path, run: dict, resume: bool, device: torch.device) -> dict
         if not path.exists():
             return None
         with data.told(path, "It is damaged, or of another version of train.py: start over with --no-resume."):
-            found = json.loads(path.read_text()) if path.suffix == ".json" else evaluation.read_checkpoint(path)
+            found = json.loads(path.read_text()) if path.suffix == ".json" else evaluation.read_checkpoint(
+                path, ("model", "finished", "stage", "epoch", "best", "history", "optimizer", "random"))
             differ = evaluation.differences(run, found["run"])
-            if path.suffix == ".pt":
-                for key in ("finished", "stage", "epoch", "best", "history", "optimizer", "random"):
-                    found[key]
         if differ:
             raise DataError(f"{folder} holds a run of another configuration (differs in {', '.join(differ)}). "
                             "Name another folder with --out, or start over with --no-resume.")
@@ -298,7 +299,7 @@ def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: di
             state.update(stage=number, epoch=epoch + 1, finished=last and epoch + 1 == config.epochs,
                          model=model.state_dict(), optimizer=optimizer.state_dict(),
                          random=random_state(clips.generator, device))
-            store(folder, state, {"run": run, "stats": loaded["stats"], "linear": linear, "epoch": epoch + 1,
+            save_epoch(folder, state, {"run": run, "stats": loaded["stats"], "linear": linear, "epoch": epoch + 1,
                                   "model": state["best"]["model"]} if better and last else None)
             print(f"{stage} {epoch + 1}/{config.epochs}  {terms_text(losses)}  {score_text(run['task'], score)}"
                   f"{' *' if better else ''}  {time.perf_counter() - began:.1f} s", flush=True)
@@ -317,6 +318,22 @@ def dry(run: dict, loaded: dict, device: torch.device) -> None:
         terms = clips.losses(model, torch.arange(min(run["config"]["batch_size"], len(clips.index))))
         terms["total"].backward()
         print(f"{stage}, one batch: {terms_text({k: float(v.detach()) for k, v in terms.items()})}")
+
+
+def adopt(run: dict, folder: Path, loaded: dict, path: Path) -> None:
+    """A run folder whose best.pt holds the weights of the official code's published checkpoint."""
+    module = METHODS[run["method"]]
+    model = module.Model(run["dims"], run["task"], module.Config(**run["config"]))
+    with data.told(f"--official {path}", "It is damaged, or not the published checkpoint."):
+        content = evaluation.read_tensors(path, "cpu")
+        try:
+            model.load_official(content)
+        except ValueError as error:
+            raise DataError(f"--official {path}: {error}.") from None
+    with locked(folder):
+        best = {"run": run, "stats": None, "linear": None, "epoch": None, "model": model.state_dict()}
+        save(folder / "best.pt", best)
+    print(f"{folder} holds the weights of {path}; evaluate it: python eval.py {folder}")
 
 
 def terms_text(losses: dict) -> str:
@@ -339,7 +356,7 @@ def introduce(run: dict, loaded: dict, device: torch.device) -> None:
     print(f"data: {source['file']}" + (f", SHA-256 {source['sha256']}" if source["sha256"] else "")
           + f"; {sizes} training/validation clips, widths " + " ".join(f"{m} {w}" for m, w in loaded["dims"].items()))
     compared = data.comparison(run["dataset"], run["dims"], source, module.FEATURES)[1]
-    for note in filter(None, (*source["notes"], compared, *(f"the data holds no {m}" for m in run["lacking"]))):
+    for note in filter(None, (*source["notes"], compared)):
         print(f"note: {note}")
     config = module.Config(**run["config"])
     count = sum(p.numel() for p in module.Model(run["dims"], run["task"], config).parameters())
@@ -413,6 +430,10 @@ def main(argv=None) -> int:
         plan = [(ablation, seed, run_folder(args, ablation, seed, loaded["source"]["synthetic"]))
                 for ablation in dict.fromkeys(args.ablate) for seed in seeds]
         introduce(describe(args, *plan[0][:2], loaded), loaded, device)
+        if args.official:
+            folder = run_folder(args, "", "official", False)
+            adopt(describe(args, "", "official", loaded), folder, loaded, args.official)
+            return 0
         codes = [0] * len(plan)
         if args.jobs > 1 and len(plan) > 1 and not args.dry_run:
             codes = side_by_side(args, argv, plan)

@@ -223,7 +223,8 @@ class UMDF(nn.Module):
     stage; its best epoch is chosen on the sets beside its name."""
 
     stages = {"train": SETS}
-    sees_missing, has_teacher, encode = True, False, None       # the network is its own teacher; streams interact
+    sees_missing, has_teacher = True, False     # the network is its own teacher
+    teacher_outputs = encode = None             # no frozen teacher; streams interact
 
     def __init__(self, dims: dict[str, int], task: str, config: Config | None = None):
         super().__init__()
@@ -251,10 +252,6 @@ class UMDF(nn.Module):
         """There is one stage, in which everything learns."""
         if stage not in self.stages:
             raise ValueError(f"no stage {stage!r}: this model has {', '.join(self.stages)}")
-
-    def teacher_outputs(self, complete: dict[str, Tensor], real: dict[str, Tensor] | None = None) -> tuple:
-        """Nothing: no frozen teacher."""
-        return ()
 
     def interact(self, f: dict[str, Tensor], real: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """MCIM, (3) and (4): m -> F_m (B, T_m, d) gives m -> Z_m (B, T_m, d)."""

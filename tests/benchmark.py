@@ -3,8 +3,6 @@
 Each line is a ratio of two forms of the same work, measured in turn in one process, the median of several rounds.
 """
 import argparse
-import contextlib
-import io
 import math
 import pickle
 import statistics
@@ -91,21 +89,18 @@ def student_step(device):
 
 
 def made_up(device):
-    """A run on MOSI's stand-in, in the student's stage, and its data."""
+    """CorrKD in the student's stage, MOSI's stand-in, and its training clips with the teacher's outputs."""
     loaded = data.load("mosi", device=device, synthetic=True, splits=data.SPLITS)
-    args = train.parse(["--method", "corrkd", "--dataset", "mosi", "--synthetic"])
-    with contextlib.redirect_stdout(io.StringIO()):
-        run = train.Run(args, "", 1111, loaded, device)
-    run.model.begin("student")
-    run.stage = 1
-    return run, loaded
+    model, clips = corrkd.CorrKD(DIMS, "polarity").to(device), train.Clips({"task": "polarity"}, loaded, device)
+    model.begin("student")
+    clips.fixed = clips.teacher_outputs(model)
+    return model, clips, loaded
 
 
 def epoch_by_length(device):
     """A student epoch over MOSI's lengths: batches of similar length against every clip at 50 positions."""
-    run, loaded = made_up(device)
-    fixed = run.teacher_outputs()
-    optimizer = torch.optim.Adam((p for p in run.model.parameters() if p.requires_grad), lr=1e-3)
+    model, clips, _ = made_up(device)
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-3)
     cut = data.batch
 
     def whole(split, index):
@@ -114,7 +109,7 @@ def epoch_by_length(device):
     def epoch(batch):
         def work():
             data.batch = batch
-            run.train_epoch(optimizer, fixed, "epoch")
+            train.train_epoch(model, optimizer, clips, model.config, "epoch")
             data.batch = cut
         return work
     return ratio(epoch(whole), epoch(cut), device, 5)
@@ -122,14 +117,13 @@ def epoch_by_length(device):
 
 def seven_sets(device):
     """The seven available sets of MOSI's test split: streams encoded once against seven full passes."""
-    run, loaded = made_up(device)
+    model, _, loaded = made_up(device)
 
     class Whole(torch.nn.Module):
-        def forward(self, text, audio, vision, real):
-            return run.model(text, audio, vision, real)
+        represent, classify, encode = model.represent, model.classify, None
     form = lambda model: lambda: [output for _, output, _ in evaluation.predict(model, loaded["test"], list(data.SETS), "test")]
-    run.model.eval()
-    return ratio(form(Whole()), form(run.model), device, 7)
+    model.eval()
+    return ratio(form(Whole()), form(model), device, 7)
 
 
 class PlainBlock(torch.nn.Module):
@@ -152,9 +146,9 @@ class PlainBlock(torch.nn.Module):
 class TwoPasses(umdf.UMDF):
     """The complete and the missing pass one after the other."""
 
-    def answer(self, streams, real):
-        parts = [super(TwoPasses, self).answer(*({m: v.chunk(2)[i] for m, v in d.items()} for d in (streams, real))) for i in (0, 1)]
-        return tuple(map(torch.cat, zip(*parts)))
+    def represent(self, streams, real):
+        parts = [super(TwoPasses, self).represent(*({m: v.chunk(2)[i] for m, v in d.items()} for d in (streams, real))) for i in (0, 1)]
+        return torch.cat(parts)
 
 
 def umdf_step(device, dropout):
@@ -269,7 +263,7 @@ def main():
     device, missed = evaluation.device_named(args.device), 0
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {train.device_name(device)}")
+    print(f"torch {torch.__version__}, {train.machine(device)['device']}")
     for name in args.only:
         work, goal = MEASUREMENTS[name]
         got = work(device)

@@ -345,19 +345,19 @@ def one_thread():
 def test_a_disk_that_is_full_and_a_folder_that_vanishes(uninterrupted, tmp_path, one_thread, monkeypatch, capsys):
     """/dev/full answers as a full disk does; the last good checkpoint stays, and the same command goes on later."""
     (tmp_path / "data").symlink_to(uninterrupted / "data")
-    folder, store = tmp_path / "runs" / "mosi/corrkd/s1", train.store
+    folder, store = tmp_path / "runs" / "mosi/corrkd/s1", train.save_epoch
 
     def filling(folder, state, best):
         if len(state["history"]) == 7:
             (folder / f"last.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
         store(folder, state, best)
     if os.path.exists("/dev/full"):
-        monkeypatch.setattr(train, "store", filling)
+        monkeypatch.setattr(train, "save_epoch", filling)
         assert short(tmp_path) == 2
         error = capsys.readouterr().err
         assert "last.pt cannot be written: No space left on device" in error and len(error.splitlines()) == 1
         assert len(history(tmp_path)) == 6 and torch.load(folder / "last.pt", weights_only=True)["epoch"] == 1 and not list(folder.glob("*.tmp"))
-    monkeypatch.setattr(train, "store", lambda f, state, best: (folder.rename(tmp_path / "away") if len(state["history"]) == 8 else None, store(f, state, best)))
+    monkeypatch.setattr(train, "save_epoch", lambda f, state, best: (folder.rename(tmp_path / "away") if len(state["history"]) == 8 else None, store(f, state, best)))
     assert short(tmp_path) == 2
     error = capsys.readouterr().err
     assert "cannot be written: No such file or directory" in error and len(error.splitlines()) == 1
@@ -384,7 +384,7 @@ def test_a_checkpoint_that_does_not_belong_is_refused(uninterrupted, tmp_path, c
         return (tmp_path / "altered.pt").read_bytes()
     wide = {**own["run"]["dims"], "text": 7}
     for raw, said in (((other / "last.pt").read_bytes(), "differs in method"), (altered(dims=wide), "differs in dims"), (altered(dataset="mosei"), "differs in dataset"),
-                      (altered(data={"sha256": "other"}), "data file"), (good["best.pt"], "of another version"), (good["last.pt"][:-300], "damaged"),
+                      (altered(data={**own["run"]["data"], "sha256": "other"}), "data file"), (good["best.pt"], "it holds no best and no finished"), (good["last.pt"][:-300], "damaged"),
                       (altered(model={"x": torch.zeros(1)}, epoch=0, finished=False), "does not fit corrkd.py"), (altered(config=5), "no checkpoint of this version"),
                       (altered(format=1), "no checkpoint of this version")):
         (folder / "last.pt").write_bytes(raw)
@@ -399,7 +399,7 @@ def test_a_checkpoint_that_does_not_belong_is_refused(uninterrupted, tmp_path, c
         error = capsys.readouterr().err
         assert said in error and len(error.splitlines()) == 1, (said, error)
     (folder / "best.pt").write_bytes(good["last.pt"])
-    assert evaluation.main([str(folder)]) == 2 and "best.pt is the one to evaluate" in capsys.readouterr().err
+    assert evaluation.main([str(folder)]) == 2 and "it holds no linear and no stats" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch, capsys):

@@ -181,7 +181,7 @@ def test_two_runs_are_bit_equal_and_seeds_differ(trained, tmp_path):
 def test_an_interrupted_run_ends_as_if_never_interrupted(trained, tmp_path, monkeypatch, capsys, stop_after):
     """Stopped in the middle of the epoch after this many, in the teacher's stage, between the stages, in the student's."""
     (tmp_path / "data").symlink_to(trained / "data")
-    whole, store, done = train.Clips.losses, train.store, {"epochs": 0, "steps": 0}
+    whole, store, done = train.Clips.losses, train.save_epoch, {"epochs": 0, "steps": 0}
 
     def stopping(self, model, rows):
         done["steps"] += 1
@@ -190,7 +190,7 @@ def test_an_interrupted_run_ends_as_if_never_interrupted(trained, tmp_path, monk
         return whole(self, model, rows)
 
     monkeypatch.setattr(train.Clips, "losses", stopping)
-    monkeypatch.setattr(train, "store", lambda *a: (store(*a), done.update(epochs=done["epochs"] + 1, steps=0)))
+    monkeypatch.setattr(train, "save_epoch", lambda *a: (store(*a), done.update(epochs=done["epochs"] + 1, steps=0)))
     assert run(tmp_path, epochs="3") == 130
     said = capsys.readouterr().err
     assert "the same command goes on" in said and len(history(tmp_path)) == stop_after
@@ -240,10 +240,10 @@ def test_a_model_that_only_gets_worse_still_leaves_its_first_epoch(tmp_path, mon
 def test_the_student_learns_from_the_best_teacher(tmp_path, monkeypatch):
     """The teacher of the student's stage is that of its best epoch, not of its last; it does not move again."""
     written(tmp_path / "data", learnable())
-    scores, teachers, store = iter([5, 9, 1, 1, 2, 3]), [], train.store
+    scores, teachers, store = iter([5, 9, 1, 1, 2, 3]), [], train.save_epoch
     monkeypatch.setattr(evaluation, "fit_linear", lambda *a: None)
     monkeypatch.setattr(evaluation, "score", lambda result: next(scores))
-    monkeypatch.setattr(train, "store", lambda folder, state, best: (teachers.append({k: v.clone() for k, v in state["model"].items() if k.startswith("teacher.")}),
+    monkeypatch.setattr(train, "save_epoch", lambda folder, state, best: (teachers.append({k: v.clone() for k, v in state["model"].items() if k.startswith("teacher.")}),
                                                                      store(folder, state, best)))
     run(tmp_path, epochs="3")
     assert equal(teachers[3], teachers[1]) and equal(teachers[5], teachers[1]) and not equal(teachers[2], teachers[1])
@@ -393,10 +393,12 @@ def test_feature_folders_from_training_to_table(tmp_path, capsys):
     model = double_flow.DoubleFlow(best["run"]["dims"], "regression", double_flow.Config(mia="off"))
     model.load_state_dict(best["model"])
     torch.save({"state_dict": {f"model.{k}": v for k, v in official_names(model).items()}}, tmp_path / "published.pth")
-    assert evaluation.main(["--official", str(tmp_path / "published.pth"), *features, "--rates", "0", "1", "--json", str(tmp_path / "t.json")]) == 0
-    out = capsys.readouterr().out
-    assert "of the published checkpoint published.pth" in out and "MAE double_flow (n=1)" in out
-    measured = json.loads((tmp_path / "t.json").read_text())[0]["runs"][0]
+    official = ["--method", "double_flow", *base, "--official"]
+    assert train.main([*official, str(tmp_path / "published.pth")]) == 0
+    folder = tmp_path / "runs" / "mosei/double_flow/sofficial"
+    assert evaluation.main([str(folder), "--rates", "0", "1", "--predictions", str(tmp_path / "p.csv")]) == 0
+    assert "seeds official" in capsys.readouterr().out
+    measured = json.loads((folder / "results.json").read_text())
     assert measured["conditions"] == results["conditions"] and measured["constant"] == results["constant"]
     assert train.main(["--method", "corrkd", *base]) == 0 and train.main(["--method", "umdf", *base]) == 0      # the other methods too
     assert evaluation.main([*(str(tmp_path / "runs" / f"mosei/{m}/s1") for m in ("corrkd", "umdf")), "--rates", "0"]) == 0
@@ -404,7 +406,7 @@ def test_feature_folders_from_training_to_table(tmp_path, capsys):
     torch.save({"state_dict": {"x": torch.zeros(1)}}, tmp_path / "other.pth")
     (tmp_path / "bad.pth").write_bytes(b"nothing")
     for name, said in (("other.pth", "is missing"), ("bad.pth", "damaged, or not the published"), ("nowhere.pth", "does not exist")):
-        assert evaluation.main(["--official", str(tmp_path / name), *features]) == 2
+        assert train.main([*official, str(tmp_path / name)]) == 2
         error = capsys.readouterr().err
         assert said in error and len(error.splitlines()) == 1
 
@@ -529,7 +531,7 @@ def test_the_area_is_a_mean_height_whatever_the_span():
 
 @pytest.mark.parametrize("changes, said", [
     ({"data": {"synthetic": True}}, "the data is SYNTHETIC"), ({"data": {"sizes": [1283, 229, 686]}}, "1283/229/686 clips are not the standard splits of mosi"),
-    ({"dims": {"text": 768, "audio": 74, "vision": 35}}, "text is 768 wide, not 300 (BERT's width)"), ({"limit": 100}, "only the first 100 clips"),
+    ({"dims": {"text": 768, "audio": 74, "vision": 35}}, "text is 768 wide, as from BERT, not 300"), ({"limit": 100}, "only the first 100 clips"),
     ({"dims": {"text": 300, "audio": 5, "vision": 20}}, None), ({}, "")])
 def test_the_paper_stands_beside_comparable_numbers_only(changes, said, capsys):
     """GloVe text, standard splits, no made-up data; other widths of audio and vision are told."""
@@ -656,7 +658,7 @@ def test_streams_that_the_data_lacks_count_in_nothing(tmp_path, capsys):
             kept = ["l", "a", "la", "lav"] if method == "corrkd" else ["lav"]
             assert list(best["valid"]) == ["l", "a", "la", "lav"]
             assert best["score"] == pytest.approx(evaluation.score({c: best["valid"][c] for c in kept}))
-        assert "the data holds no vision" in capsys.readouterr().out
+        assert "there is no vision: {v} {l,v} {a,v} are not answered" in capsys.readouterr().out
         assert evaluation.main([str(tmp_path / str(lengths) / "runs" / "mosi/corrkd"), "--protocol", "combos", "--csv", str(tmp_path / "t.csv")]) == 0
         out = capsys.readouterr().out
         assert "{v} {l,v} {a,v} are not answered and count in no average" in out
@@ -761,11 +763,11 @@ def test_runs_that_are_not_finished_are_named(trained, tmp_path, capsys):
     (tmp_path / "data").symlink_to(trained / "data")
     (tmp_path / "nothing").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        def stop(folder, state, best, store=train.store):
+        def stop(folder, state, best, store=train.save_epoch):
             store(folder, state, best)
             if len(state["history"]) == 4:
                 raise KeyboardInterrupt
-        patch.setattr(train, "store", stop)
+        patch.setattr(train, "save_epoch", stop)
         assert run(tmp_path, epochs="3") == 130
     assert evaluation.main([str(tmp_path / "nothing"), str(tmp_path / "runs" / "mosi/corrkd/s1"), "--protocol", "combos"]) == 0
     said = capsys.readouterr()
