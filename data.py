@@ -19,7 +19,6 @@ Masks have one convention everywhere: `real` True = not padding; `present` True 
 import argparse
 import contextlib
 import hashlib
-import io
 import math
 import mmap
 import os
@@ -184,10 +183,11 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module, name):
         where = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
-        admitted = {"numpy.core.multiarray._reconstruct": self._reconstruct, "numpy.ndarray": "ndarray",
+        admitted = {"numpy.core.multiarray._reconstruct": lambda *_: _Array(), "numpy.ndarray": "ndarray",
                     "numpy.core.multiarray.scalar": self._scalar, "numpy.dtype": _DType,
-                    "numpy.core.numeric._frombuffer": self._frombuffer, "_codecs.encode": self._encode,
-                    "collections.OrderedDict": OrderedDict, "builtins.set": set, "builtins.bytes": self._bytes}
+                    "numpy.core.numeric._frombuffer": self._frombuffer,                 # protocol 5
+                    "_codecs.encode": lambda text, *_: text.encode("latin1"),           # bytes in protocols 0 to 2
+                    "collections.OrderedDict": OrderedDict, "builtins.set": set, "builtins.bytes": lambda: b""}
         if f"{where}.{name}" not in admitted:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array; nothing of it was run")
         return admitted[f"{where}.{name}"]
@@ -195,29 +195,18 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, pid):
         raise pickle.UnpicklingError(f"it asks for the persistent object {str(pid)[:80]}; nothing of it was run")
 
-    def _reconstruct(self, *_):                                 # numpy fills the array by a state that follows
-        return _Array()
-
-    def _frombuffer(self, raw, dtype, shape, order):            # protocol 5
+    def _frombuffer(self, raw, dtype, shape, order):
         array = _Array()
         array.fill(raw, dtype.dtype, shape, order)
         return array
 
     def _scalar(self, dtype, raw=b""):
-        array = _Array()
-        array.fill(raw, dtype.dtype, (1,), "C")
-        return array.value[0]
-
-    def _encode(self, text, encoding="latin1"):                 # how protocols 0 to 2 carry bytes
-        return text.encode("latin1")
-
-    def _bytes(self):
-        return b""
+        return self._frombuffer(raw, dtype, (1,), "C").value[0]
 
 
 def _plain(value, room: int, depth: int = 0):
-    """An array, a value, or nested lists of these, without the reader's wrappers. A list that holds one other many times
-    is small in a file and endless when it is written out: `room` is how many values may come of it."""
+    """An array, a value, or nested lists of these, without the reader's wrappers. A list that holds one other many
+    times is small in a file and endless when it is written out: `room` is how many values may come of it."""
     if isinstance(value, _Array):
         if value.value is None:
             raise pickle.UnpicklingError("it holds an array without data")
@@ -489,14 +478,9 @@ def read_labels(path: Path) -> dict:
         for split, name in zip(SPLITS, ("train_corpus.npy", "val_corpus.npy", "test_corpus.npy")):
             if archive.getinfo(name).file_size > 1 << 28:
                 raise pickle.UnpicklingError(f"{name} is too large for a list of labels")
-            raw = io.BytesIO(archive.read(name))
-            version = np.lib.format.read_magic(raw)
-            if version not in ((1, 0), (2, 0)):
-                raise pickle.UnpicklingError(f"{name} is of an unknown version of numpy's format")
-            read = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
-            if not read(raw)[2].hasobject:
-                raise pickle.UnpicklingError(f"{name} holds no dict")
-            corpus = _plain(_Unpickler(_File(raw.read())).load(), 1).reshape(-1)[0]
+            raw = archive.read(name)
+            raw = raw[raw.index(b"\n") + 1:]                    # behind numpy's header, which ends in a new line
+            corpus = _plain(_Unpickler(_File(raw)).load(), 1).reshape(-1)[0]
             values = np.array([float(np.reshape(_plain(fact["val"], 1), ())) for fact in corpus.values()], np.float32)
             result[split] = list(map(str, corpus)), torch.from_numpy(values)
     for split, (ids, label) in result.items():
@@ -596,8 +580,8 @@ def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "v
     lacking = [m for m in STREAMS if all(m in result[s]["lacking"] for s in splits)]
     if lacking:
         gone = " ".join("{" + ",".join(c) + "}" for c in SETS if c not in answerable(SETS, lacking))
-        source["notes"].append(f"there is no {' and no '.join(lacking)}: {gone} are not answered and count in no average; "
-                               "{l,a,v} is all that there is")
+        source["notes"].append(f"there is no {' and no '.join(lacking)}: {gone} are not answered and count in no "
+                               "average; {l,a,v} is all that there is")
     if not aligned and not features:
         source["notes"].append("the streams are not aligned")
     return {**result, "dataset": dataset, "dims": dims, "aligned": aligned, "lacking": lacking,
@@ -626,7 +610,8 @@ def comparison(dataset: str, dims: dict, source: dict, widths: dict) -> tuple[bo
         why.append(f"{'/'.join(map(str, source['sizes']))} clips are not the standard splits of {dataset} "
                    f"({'/'.join(map(str, SIZES[dataset]))})")
     if dims["text"] != widths["text"]:
-        why.append(f"text is {dims['text']} wide{', as from BERT' if dims['text'] == 768 else ''}, not {widths['text']}")
+        bert = ", as from BERT" if dims["text"] == 768 else ""
+        why.append(f"text is {dims['text']} wide{bert}, not {widths['text']}")
     if why:
         return False, "nothing is compared with the paper: " + "; ".join(why)
     other = ", ".join(f"{m} {dims[m]} wide, not {w}" for m, w in widths.items() if dims[m] != w)
@@ -686,17 +671,30 @@ def batches(real: dict, index: torch.Tensor, size: int, generator: torch.Generat
     return [groups[i] for i in torch.randperm(len(groups), generator=generator)]
 
 
-def gather(split: dict, m: str, index: torch.Tensor, longest: int) -> torch.Tensor:
-    """Stream m of these clips, cut to `longest` frames, on the device."""
+def sent(tensors: list[torch.Tensor], device) -> list[torch.Tensor]:
+    """CPU tensors of one type on the device, by one copy for which nothing waits."""
+    if torch.device(device).type == "cpu":
+        return tensors
+    flat = torch.cat([t.flatten() for t in tensors]).pin_memory().to(device, non_blocking=True)
+    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+
+
+def gather(split: dict, m: str, index: torch.Tensor, there: torch.Tensor, longest: int) -> torch.Tensor:
+    """Stream m of these clips, cut to `longest` frames, on the device. there: index on the device."""
     x = split[m]
-    return x.rows(index, longest) if isinstance(x, Frames) else x[:, :longest][index.to(x.device)]
+    return x.rows(index, longest) if isinstance(x, Frames) else x[:, :longest][there]
 
 
-def batch(split: dict, index: torch.Tensor) -> tuple[dict, dict]:
-    """The clips of `index` cut to their longest: streams on the device, real on the CPU."""
+def batch(split: dict, index: torch.Tensor, there: torch.Tensor, draw=None) -> tuple[dict, dict, dict]:
+    """The clips of `index` cut to their longest, on the device: streams, real, and what `draw` makes of real, or {}.
+    there: index on the device."""
     real = {m: split["real"][m][index] for m in streams(split)}
     longest = {m: max(1, int(r.sum(1).max())) for m, r in real.items()}
-    return ({m: gather(split, m, index, longest[m]) for m in real}, {m: r[:, :longest[m]] for m, r in real.items()})
+    real = {m: r[:, :longest[m]] for m, r in real.items()}
+    present = draw(real) if draw else {}
+    masks = iter(sent([*real.values(), *present.values()], there.device))
+    return ({m: gather(split, m, index, there, longest[m]) for m in real}, *({m: next(masks) for m in d}
+                                                                             for d in (real, present)))
 
 
 # ---------------------------------------------------------------------------------- the synthetic stand-in
@@ -800,8 +798,9 @@ def main(argv=None) -> int:
             if path.exists():
                 raise DataError(f"{path} exists already; it is left as it is. Name another folder, or remove it.")
             args.out.mkdir(parents=True, exist_ok=True)
+            content = {**{s: stand_in(args.dataset, s) for s in SPLITS}, "SYNTHETIC": SYNTHETIC}
             with replacing(path) as file:
-                pickle.dump({**{s: stand_in(args.dataset, s) for s in SPLITS}, "SYNTHETIC": SYNTHETIC}, file, protocol=4)
+                pickle.dump(content, file, protocol=4)
             print(f"wrote {path}: {SYNTHETIC}, not {args.dataset}")
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

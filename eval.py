@@ -42,7 +42,8 @@ METHODS = {name: importlib.import_module(name) for name in ("umdf", "corrkd", "d
 #     begin(stage)                              before each stage, in the order of `stages`
 #     sees_missing, has_teacher                 whether this stage's losses read the missing copies, a frozen teacher
 #     teacher_outputs(complete, real)           -> tensors, a row a clip, constant in a stage that has_teacher; or None
-#     losses(complete, missing, target, real, teacher)      -> {term: scalar, "total": scalar}
+#     losses(complete, missing, target, real, teacher)      -> {term: scalar, "total": scalar}; missing may be None if
+#                                               this stage does not see it, and so may teacher
 #     represent(streams, real), classify(h)     -> h (B, width); -> (B, 1), (B, 2) or (B, 4, 2); forward is both
 #     encode(name, stream, real)                -> (B, d), of which h is the three side by side; None if they interact
 FORMAT = 2              # of run folders: those of another one are refused
@@ -105,14 +106,14 @@ def metrics(task: str, answer: np.ndarray, truth: np.ndarray) -> dict[str, float
 @torch.no_grad()
 def encode(model, m: str, split: dict, present: torch.Tensor, size: int) -> torch.Tensor:
     """Stream m of a whole split under one mask, (N, d), in batches of clips of similar length."""
-    length = split["real"][m].sum(1)
+    length, device = split["real"][m].sum(1), split["label"].device
     parts, order = [], length.argsort(stable=True)
-    for index in order.split(size):
+    (real, present), (there,) = data.sent([split["real"][m], present], device), data.sent([order], device)
+    for index, place in zip(order.split(size), there.split(size)):
         cut = max(1, int(length[index[-1]]))
-        x = data.gather(split, m, index, cut)
-        masks = [mask[index, :cut].to(x.device) for mask in (split["real"][m], present)]
-        parts.append(model.encode(m, x * masks[1][..., None], masks[0]))
-    return torch.cat(parts)[order.argsort().to(x.device)]
+        x = data.gather(split, m, index, place, cut) * present[place, :cut, None]
+        parts.append(model.encode(m, x, real[place, :cut]))
+    return torch.cat(parts)[there.argsort()]
 
 
 @torch.no_grad()
@@ -138,22 +139,25 @@ def predict(model, split: dict, conditions, name: str, mask_seed: int = 0, size:
     if model.encode:
         whole = {m: encode(model, m, split, split["real"][m], size) for m in STREAMS}
         absent = {m: encode_absent(model, m, split, size) for m in STREAMS}
-    for condition in conditions:
-        present = data.evaluation_masks(split["real"], condition, name, mask_seed)
-        if model.encode:
+        for condition in conditions:
+            present = data.evaluation_masks(split["real"], condition, name, mask_seed)
             parts = [whole[m] if torch.equal(present[m], split["real"][m]) else absent[m] if not present[m].any()
                      else encode(model, m, split, present[m], size) for m in STREAMS]
-            output = head(torch.cat(parts, dim=-1))
-        else:
-            outputs, order = [], sum(split["real"][m].sum(1) for m in STREAMS).argsort(stable=True)
-            for index in order.split(size):
-                streams, real = data.batch(split, index)
-                real = {m: r.to(streams[m].device) for m, r in real.items()}
-                for m in STREAMS:
-                    streams[m] = streams[m] * present[m][index, :streams[m].shape[1]].to(streams[m].device)[..., None]
-                outputs.append(head(model.represent(streams, real)))
-            output = torch.cat(outputs)[order.argsort().to(outputs[0].device)]
-        yield condition, output, data.realised(present, split["real"])
+            yield condition, head(torch.cat(parts, dim=-1)), data.realised(present, split["real"])
+        return
+    device, order = split["label"].device, sum(split["real"][m].sum(1) for m in STREAMS).argsort(stable=True)
+    (there,), outputs, shares, kept = data.sent([order], device), [[] for _ in conditions], [], []
+    for condition in conditions:
+        present = data.evaluation_masks(split["real"], condition, name, mask_seed)
+        shares.append(data.realised(present, split["real"]))
+        kept.append(dict(zip(STREAMS, data.sent([present[m] for m in STREAMS], device))))
+    for index, place in zip(order.split(size), there.split(size)):      # outside: feature files are read but once
+        streams, real, _ = data.batch(split, index, place)
+        for present, output in zip(kept, outputs):
+            left = {m: streams[m] * present[m][place, :streams[m].shape[1], None] for m in STREAMS}
+            output.append(head(model.represent({**streams, **left}, real)))
+    for condition, output, share in zip(conditions, outputs, shares):
+        yield condition, torch.cat(output)[there.argsort()], share
 
 
 def evaluate(model, task: str, split: dict, conditions, name: str, mask_seed: int = 0, size: int = 256,
@@ -288,6 +292,7 @@ def build(checkpoint: dict, path: Path, device) -> torch.nn.Module:
 
 
 def device_named(name: str) -> torch.device:
+    torch.backends.cudnn.allow_tf32 = False     # a convolution would differ from the CPU's by 1e-3
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.zeros(1, device=device)

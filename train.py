@@ -193,7 +193,7 @@ def random_state(generator: torch.Generator, device: torch.device, state: dict |
     if state:
         torch.set_rng_state(state["torch"])
         generator.set_state(state["masks"])
-        if device.type == "cuda":
+        if device.type == "cuda" and "cuda" in state:       # not if the run was begun on a CPU
             torch.cuda.set_rng_state(state["cuda"], device)
     cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
     return {"torch": torch.get_rng_state(), "masks": generator.get_state(), **cuda}
@@ -206,18 +206,19 @@ class Clips:
 
     def __init__(self, run: dict, loaded: dict, device: torch.device):
         self.split, self.device = loaded["train"], device
-        index, self.truth = evaluation.targets(self.split["label"], run["task"])
-        self.index, self.generator, self.fixed = index.cpu(), torch.Generator(), None
+        self.there, self.truth = evaluation.targets(self.split["label"], run["task"])
+        self.index, self.generator, self.fixed = self.there.cpu(), torch.Generator(), None
         self.real = {m: r[self.index] for m, r in self.split["real"].items()}
 
-    def losses(self, model, rows: torch.Tensor) -> dict:
-        """The loss terms of the clips at these rows of self.index."""
-        streams, real = data.batch(self.split, self.index[rows])
-        present = data.training_masks(real, self.generator)
-        missing = {m: streams[m] * present[m].to(self.device)[..., None] for m in STREAMS}
-        real = {m: r.to(self.device) for m, r in real.items()}
-        rows = rows.to(self.device)
-        return model.losses(streams, missing, self.truth[rows], real, self.fixed and tuple(t[rows] for t in self.fixed))
+    def batch(self, model, rows: torch.Tensor) -> tuple:
+        """What model.losses asks for, of the clips at these rows of self.index: two copies to the device, and no wait."""
+        def draw(real):
+            return data.training_masks(real, self.generator)
+        there, = data.sent([rows], self.device)
+        streams, real, present = data.batch(self.split, self.index[rows], self.there[there],
+                                            draw if model.sees_missing else None)
+        missing = {m: streams[m] * present[m][..., None] for m in present} or None
+        return streams, missing, self.truth[there], real, self.fixed and tuple(t[there] for t in self.fixed)
 
     @torch.no_grad()
     def teacher_outputs(self, model) -> tuple | None:
@@ -226,31 +227,30 @@ class Clips:
             return None
         model.eval()
         parts = []
-        for index in self.index.split(256):
-            streams, real = data.batch(self.split, index)
-            parts.append(model.teacher_outputs(streams, {m: r.to(self.device) for m, r in real.items()}))
+        for index, there in zip(self.index.split(256), self.there.split(256)):
+            parts.append(model.teacher_outputs(*data.batch(self.split, index, there)[:2]))
         return tuple(torch.cat(p) for p in zip(*parts))
 
 
 def train_epoch(model, optimizer, clips: Clips, config, name: str) -> dict:
-    """One pass over the training clips; returns the mean of each loss term."""
+    """One pass over the training clips; returns the mean of each loss term. The device is waited for at its end."""
     model.train()
     order = data.batches(clips.real, torch.arange(len(clips.index)), config.batch_size, clips.generator)
-    parameters, sums = [p for p in model.parameters() if p.requires_grad], {}
-    for step, rows in enumerate(tqdm(order, desc=name, leave=False, disable=not sys.stderr.isatty())):
-        terms = clips.losses(model, rows)
-        if not torch.isfinite(torch.stack([t.detach() for t in terms.values()])).all():
-            bad = next(k for k, t in terms.items() if not torch.isfinite(t))
-            raise DataError(f"{name}, step {step + 1}: the loss term '{bad}' is not finite. "
-                            "Try a lower --lr, and look at the features with python data.py check.")
+    parameters, values = [p for p in model.parameters() if p.requires_grad], []
+    for rows in tqdm(order, desc=name, leave=False, disable=not sys.stderr.isatty()):
+        terms = model.losses(*clips.batch(model, rows))
+        values.append(torch.stack([t.detach() for t in terms.values()]))
         optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
         if config.clip:
             torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
-        for k, t in terms.items():
-            sums[k] = sums.get(k, 0) + t.detach() * len(rows) / len(clips.index)
-    return {k: float(v) for k, v in sums.items()}
+    values = torch.stack(values).double().cpu()         # (steps, terms)
+    for step, term in (~values.isfinite()).nonzero()[:1].tolist():
+        raise DataError(f"{name}, step {step + 1}: the loss term '{list(terms)[term]}' is not finite. "
+                        "Try a lower --lr, and look at the features with python data.py check.")
+    share = torch.tensor([len(rows) for rows in order], dtype=torch.float64) / len(clips.index)
+    return dict(zip(terms, (share @ values).tolist()))
 
 
 def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: dict | None) -> None:
@@ -315,7 +315,7 @@ def dry(run: dict, loaded: dict, device: torch.device) -> None:
         model.begin(stage)
         model.train()
         clips.generator.manual_seed(run["seed"])
-        terms = clips.losses(model, torch.arange(min(run["config"]["batch_size"], len(clips.index))))
+        terms = model.losses(*clips.batch(model, torch.arange(min(run["config"]["batch_size"], len(clips.index)))))
         terms["total"].backward()
         print(f"{stage}, one batch: {terms_text({k: float(v.detach()) for k, v in terms.items()})}")
 

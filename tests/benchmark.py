@@ -103,8 +103,10 @@ def epoch_by_length(device):
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-3)
     cut = data.batch
 
-    def whole(split, index):
-        return {m: split[m][index.to(device)] for m in data.STREAMS}, {m: split["real"][m][index] for m in data.STREAMS}
+    def whole(split, index, there, draw):
+        real = {m: split["real"][m][index] for m in data.STREAMS}
+        present, masks = draw(real), lambda d: {m: x.to(device) for m, x in d.items()}
+        return {m: split[m][there] for m in data.STREAMS}, masks(real), masks(present)
 
     def epoch(batch):
         def work():

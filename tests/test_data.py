@@ -369,7 +369,8 @@ def test_batches_hold_every_clip_once_and_clips_of_similar_length():
 
 def test_a_batch_is_cut_to_its_longest_clip(tmp_path):
     split = data.load("mosi", written(tmp_path, content()))["train"]
-    streams, real = data.batch(split, torch.tensor([2, 0]))
+    index = torch.tensor([2, 0])
+    streams, real, _ = data.batch(split, index, index)
     assert streams["text"].shape == (2, 5, 6) and torch.equal(streams["text"][1, :3], split["text"][0, :3])
     assert real["text"].tolist() == [[True] * 5, [True] * 3 + [False] * 2]
 
@@ -470,7 +471,7 @@ def test_feature_folders_are_read_clip_by_clip(tmp_path):
         split = loaded[s]
         assert split["id"] == list(corpus[name]) and split["label"].tolist() == pytest.approx([f["val"] for f in corpus[name].values()])
         index = torch.tensor([4, 0, 5])
-        streams, real = data.batch(split, index)
+        streams, real, _ = data.batch(split, index, index)
         for m in FOLDERS:
             assert streams[m].shape[1] == real[m].sum(1).max()
             for row, i in enumerate(index.tolist()):
@@ -486,7 +487,8 @@ def test_over_long_training_clips_are_left_out_and_no_others(tmp_path):
     assert 0 < len(short("train_corpus")) < 12 and loaded["train"]["id"] == short("train_corpus")
     assert [len(loaded[s]["id"]) for s in ("valid", "test")] == [6, 6] and len(short("val_corpus")) < 6
     assert any(f"{12 - len(short('train_corpus'))} training clips of more than 15 frames" in n for n in loaded["source"]["notes"])
-    data.batch(loaded["train"], torch.arange(len(loaded["train"]["id"])))
+    everyone = torch.arange(len(loaded["train"]["id"]))
+    data.batch(loaded["train"], everyone, everyone)
     with pytest.raises(DataError, match="--max-frames 0"):
         data.load("mosei", splits=SPLITS, normalize=False, max_frames=0, **where)
 
@@ -496,7 +498,7 @@ def test_the_features_themselves_are_read_only_when_a_batch_asks(tmp_path, monke
     loaded = data.load("mosei", splits=SPLITS, normalize=False, **where)
     opened, whole = [], data._open_npy
     monkeypatch.setattr(data, "_open_npy", lambda path: (opened.append(path), whole(path))[1])
-    data.batch(loaded["train"], torch.tensor([2]))
+    data.batch(loaded["train"], torch.tensor([2]), torch.tensor([2]))
     clip = loaded["train"]["id"][2]
     assert opened and all(path.stem == clip or path.parent.name == clip for path in opened)
 
@@ -574,7 +576,7 @@ def test_a_feature_that_is_not_a_number_is_named(tmp_path):
     np.save(Path(where["features"]["audio"]) / f"{clip}.npy", np.full((2, 5), np.nan, np.float32))
     loaded = data.load("mosei", splits=SPLITS, normalize=False, **where)
     with pytest.raises(DataError, match=f"{clip}.npy: 'audio' holds values that are NaN"):
-        data.batch(loaded["train"], torch.arange(3))
+        data.batch(loaded["train"], torch.arange(3), torch.arange(3))
 
 
 def test_a_pickle_may_carry_simulated_text(tmp_path):

@@ -181,7 +181,7 @@ def test_two_runs_are_bit_equal_and_seeds_differ(trained, tmp_path):
 def test_an_interrupted_run_ends_as_if_never_interrupted(trained, tmp_path, monkeypatch, capsys, stop_after):
     """Stopped in the middle of the epoch after this many, in the teacher's stage, between the stages, in the student's."""
     (tmp_path / "data").symlink_to(trained / "data")
-    whole, store, done = train.Clips.losses, train.save_epoch, {"epochs": 0, "steps": 0}
+    whole, store, done = train.Clips.batch, train.save_epoch, {"epochs": 0, "steps": 0}
 
     def stopping(self, model, rows):
         done["steps"] += 1
@@ -189,7 +189,7 @@ def test_an_interrupted_run_ends_as_if_never_interrupted(trained, tmp_path, monk
             raise KeyboardInterrupt
         return whole(self, model, rows)
 
-    monkeypatch.setattr(train.Clips, "losses", stopping)
+    monkeypatch.setattr(train.Clips, "batch", stopping)
     monkeypatch.setattr(train, "save_epoch", lambda *a: (store(*a), done.update(epochs=done["epochs"] + 1, steps=0)))
     assert run(tmp_path, epochs="3") == 130
     said = capsys.readouterr().err
@@ -251,9 +251,9 @@ def test_the_student_learns_from_the_best_teacher(tmp_path, monkeypatch):
 
 def test_training_masks_are_drawn_anew_in_every_epoch(tmp_path, monkeypatch):
     written(tmp_path / "data", learnable())
-    step, masks, clips, drawn = train.Clips.losses, data.training_masks, [], []
+    step, masks, clips, drawn = train.Clips.batch, data.training_masks, [], []
     monkeypatch.setattr(evaluation, "fit_linear", lambda *a: None)
-    monkeypatch.setattr(train.Clips, "losses", lambda self, model, rows: (clips.append(rows.tolist()), step(self, model, rows))[1])
+    monkeypatch.setattr(train.Clips, "batch", lambda self, model, rows: (clips.append(rows.tolist()), step(self, model, rows))[1])
     monkeypatch.setattr(data, "training_masks", lambda *a: (drawn.append(masks(*a)), drawn[-1])[1])
     run(tmp_path, "--ablate", "no_distillation")
     epochs = [{}, {}]
@@ -268,7 +268,7 @@ def test_training_masks_are_drawn_anew_in_every_epoch(tmp_path, monkeypatch):
 def test_ablations_share_their_start(tmp_path, monkeypatch):
     """The student of every ablation begins with the same weights, random state, masks and batches, whatever came before."""
     written(tmp_path / "data", learnable())
-    first, whole = [], train.Clips.losses
+    first, whole = [], train.Clips.batch
 
     def watch(self, model, rows):
         if model.stage == "student" and not model.seen:
@@ -276,7 +276,7 @@ def test_ablations_share_their_start(tmp_path, monkeypatch):
             first[-1] = [v.clone() for v in first[-1]]
             model.seen = True
         return whole(self, model, rows)
-    monkeypatch.setattr(train.Clips, "losses", watch)
+    monkeypatch.setattr(train.Clips, "batch", watch)
     monkeypatch.setattr(corrkd.CorrKD, "seen", False, raising=False)
     run(tmp_path, "--ablate", "all", epochs="1")
     assert len(first) == 9          # all but the ablation `teacher`; two have another depth, so other weights
