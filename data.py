@@ -532,8 +532,10 @@ def _read(dataset: str | None, data_dir, splits, synthetic, limit, features, lab
     if features:
         result, source = _feature_splits(features, Path(labels), splits, limit, max_frames)
     elif synthetic:
-        fields = {s: stand_in(dataset, s) for s in splits}
-        source = {"file": SYNTHETIC, "sha256": None, "synthetic": True, "sizes": list(SIZES[dataset]), "notes": []}
+        overlapping = synthetic == "overlapping"
+        fields = {s: stand_in(dataset, s, overlapping=overlapping) for s in splits}
+        source = {"file": SYNTHETIC + (", overlapping streams" if overlapping else ""), "sha256": None,
+                  "synthetic": True, "sizes": list(SIZES[dataset]), "notes": []}
     else:
         data_dir = find(dataset, data_dir)
         fields = read_pickle(data_dir)
@@ -707,11 +709,14 @@ _LENGTHS = {"mosi": (50, 11, .64), "mosei": (50, 19, .6), "iemocap": (20, 12, .5
 _STRENGTH = {"text": 2.0, "audio": .65, "vision": .5}
 
 
-def stand_in(dataset: str, split: str, seed: int = 0) -> dict:
+def stand_in(dataset: str, split: str, seed: int = 0, overlapping: bool = False) -> dict:
     """Made-up features in the real sizes, as MulT's pickle holds them: front-padded float32 arrays.
 
     A frame is a mix of 12 hidden factors. In a few frames of a clip, marked by one factor, others carry the label plus
     noise of the clip and stream: little noise in text, more in audio and vision, so each holds a part of its own.
+    overlapping: there are three noisy cues of the label a clip, and each stream holds two of them, so that any two
+    streams hold all that three do, and what one has lost another one may still tell. The factors that carry the cues
+    are three times as loud in unmarked frames: a mean over the frames loses most of them, attention need not.
     """
     n, position = SIZES[dataset][SPLITS.index(split)], SPLITS.index(split)
     rng = np.random.default_rng([seed, zlib.crc32(dataset.encode()), position])
@@ -727,23 +732,28 @@ def stand_in(dataset: str, split: str, seed: int = 0) -> dict:
         y[rng.random(n) < zeros] = 0
         signal, labels = y[:, None] / 1.5, y.astype(np.float32).reshape(n, 1, 1)
     fields = {"labels": labels}
-    for m in STREAMS:
+    if overlapping:
+        cues = signal + rng.standard_normal((3, *signal.shape))
+    for i, m in enumerate(STREAMS):
         shared = np.random.default_rng([seed, zlib.crc32(f"{dataset}/{m}".encode())])      # the same in all splits
         mix, scale = shared.standard_normal((12, GLOVE[m])), 10 ** shared.uniform(-1, 1, GLOVE[m])
         offset = scale * shared.standard_normal(GLOVE[m])
-        told = _STRENGTH[m] * signal + rng.standard_normal(signal.shape)
+        told = (np.concatenate((cues[i], cues[i - 1]), 1) if overlapping
+                else _STRENGTH[m] * signal + rng.standard_normal(signal.shape))
         x = np.zeros((n, longest, GLOVE[m]), np.float32)
-        for i in range(0, n, CHUNK):
-            here = length[i:i + CHUNK, None]
+        for j in range(0, n, CHUNK):
+            here = length[j:j + CHUNK, None]
             factors = rng.standard_normal((len(here), longest, 12)).astype(np.float32)
             chosen = rng.random((len(here), longest)) < .2
             chosen[np.arange(len(here)), -1 - rng.integers(0, here[:, 0])] = True          # at least one frame
             factors[..., 0] += 3 * chosen
-            factors[..., 1:1 + signal.shape[1]] += 1.5 * chosen[..., None] * told[i:i + CHUNK, None]
+            if overlapping:
+                factors[..., 1:1 + told.shape[1]] *= np.where(chosen, 1, 3)[..., None]
+            factors[..., 1:1 + told.shape[1]] += 1.5 * chosen[..., None] * told[j:j + CHUNK, None]
             frames = factors @ np.float32(mix * scale)
             frames += rng.standard_normal(frames.shape, np.float32) * np.float32(scale) + np.float32(offset)
             frames[np.arange(longest) < longest - here] = 0
-            x[i:i + CHUNK] = frames
+            x[j:j + CHUNK] = frames
         fields[m] = x
     names = np.array([[f"{split}{i}", "0", "1"] for i in range(n)])
     return {**fields, "id": names.astype("S") if dataset == "mosi" else names}

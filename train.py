@@ -42,7 +42,8 @@ def parse(argv=None) -> argparse.Namespace:
     add("--method", choices=METHODS, required=True)
     add("--dataset", choices=data.SIZES, required=True)
     add("--data-dir", default="data", help="a data file or a folder that holds one (default: data)")
-    add("--synthetic", action="store_true", help="use a made-up stand-in of the data set's size; results say SYNTHETIC")
+    add("--synthetic", nargs="?", const=True, default=False, choices=("overlapping",), help="use a made-up stand-in of "
+        "the data set's size; results say SYNTHETIC; overlapping: what one stream holds, the two others hold too")
     add("--seeds", type=int, nargs="+", default=[1111, 1112, 1113, 1114, 1115], help="a run each (1111 ... 1115)")
     add("--epochs", type=int, help="for each stage (default: the method file's)")
     add("--batch-size", type=int, help="default: the method file's")

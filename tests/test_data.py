@@ -594,3 +594,23 @@ def test_a_pickle_may_carry_simulated_text(tmp_path):
         made[s]["simulated_text"] = made[s]["simulated_text"][..., :4]
     with pytest.raises(DataError, match="simulated_text has 4 features, text 6"):
         data.load("mosi", written(tmp_path / "b", made), SPLITS)
+
+
+def test_overlapping_streams_share_their_cues_two_by_two():
+    """The marked frames' mean of the features tells the cues linearly; two streams agree as far as they share one."""
+    plain, made = (data.stand_in("mosi", "valid", overlapping=o) for o in (False, True))
+    assert np.array_equal(plain["labels"], made["labels"]) and np.array_equal(plain["text"] != 0, made["text"] != 0)
+    y = made["labels"].ravel()
+    for fields, few, most in ((plain, .1, .9), (made, .2, .8)):
+        corr = []
+        for m in STREAMS:
+            x = np.float64(fields[m]) / np.abs(fields[m]).max((0, 1))
+            mean = x.sum(1) / (x != 0).any(-1).sum(1, keepdims=True)
+            half = len(y) // 2
+            w = np.linalg.solve(mean[:half].T @ mean[:half] + .1 * np.eye(mean.shape[1]), mean[:half].T @ (y[:half] - y[:half].mean()))
+            corr.append(np.corrcoef(mean[half:] @ w, y[half:])[0, 1])
+        assert all(few < c < most for c in corr), corr
+        if fields is made:
+            assert max(corr) - min(corr) < .25, corr         # no stream is the main one
+        else:
+            assert corr[0] - max(corr[1:]) > .1, corr
