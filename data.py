@@ -28,6 +28,7 @@ import sys
 import zipfile
 import zlib
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -456,14 +457,16 @@ class Frames:
 
     def rows(self, index: torch.Tensor, longest: int) -> torch.Tensor:
         """float32 (len(index), longest, d) on the device, padded behind."""
-        x = torch.zeros(len(index), longest, self.shape[2])
-        for row, i in enumerate(index.tolist()):
+        def read(row: int, i: int) -> None:
             parts = [np.atleast_2d(_open_npy(path)) for path in self.paths[i]]
             array = parts[0] if len(parts) == 1 else np.concatenate(parts)
             if array.shape != (int(self.length[i]), self.shape[2]):
                 raise DataError(f"{self.paths[i][0]}: this clip has {array.shape} values of {self.name} now, and had "
                                 f"{(int(self.length[i]), self.shape[2])} before, or its frames differ.")
             x[row, :len(array)] = torch.from_numpy(array[:longest].astype(np.float32))
+        x = torch.zeros(len(index), longest, self.shape[2])
+        with ThreadPoolExecutor(8) as readers:
+            list(readers.map(read, range(len(index)), index.tolist()))
         if not x.isfinite().all():
             bad = index[int((~x.isfinite()).flatten(1).any(1).nonzero()[0])]
             raise DataError(f"{self.paths[bad][0]}: '{self.name}' holds values that are NaN or infinite.")
@@ -679,6 +682,18 @@ def sent(tensors: list[torch.Tensor], device) -> list[torch.Tensor]:
         return tensors
     flat = torch.cat([t.flatten() for t in tensors]).pin_memory().to(device, non_blocking=True)
     return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+
+
+def ahead(split: dict, items):
+    """The items of a generator; over feature folders each is made by a thread while the one before it is in use."""
+    if not isinstance(split["text"], Frames):
+        yield from items
+        return
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = reader.submit(next, items, None)
+            yield item
 
 
 def gather(split: dict, m: str, index: torch.Tensor, there: torch.Tensor, longest: int) -> torch.Tensor:

@@ -151,8 +151,8 @@ def predict(model, split: dict, conditions, name: str, mask_seed: int = 0, size:
         present = data.evaluation_masks(split["real"], condition, name, mask_seed)
         shares.append(data.realised(present, split["real"]))
         kept.append(dict(zip(STREAMS, data.sent([present[m] for m in STREAMS], device))))
-    for index, place in zip(order.split(size), there.split(size)):      # outside: feature files are read but once
-        streams, real, _ = data.batch(split, index, place)
+    read = ((place, *data.batch(split, index, place)[:2]) for index, place in zip(order.split(size), there.split(size)))
+    for place, streams, real in data.ahead(split, read):        # outside: feature files are read but once
         for present, output in zip(kept, outputs):
             left = {m: streams[m] * present[m][place, :streams[m].shape[1], None] for m in STREAMS}
             output.append(head(model.represent({**streams, **left}, real)))

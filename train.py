@@ -29,6 +29,8 @@ import eval as evaluation
 from data import STREAMS, DataError
 from eval import METHODS
 
+DONE = "done: "         # how a process of --jobs marks the end of what it was asked
+
 try:
     import fcntl
 except ImportError:     # Windows has no such locks: two processes in one folder are not noticed there
@@ -66,7 +68,11 @@ def parse(argv=None) -> argparse.Namespace:
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where a run stopped")
     add("--dry-run", action="store_true", help="load, build, run one batch of each stage, write nothing")
     add("--limit", type=int, metavar="N", help="only the first N clips of each split, for a quick look")
-    add("--jobs", type=int, default=1, metavar="N", help="runs side by side, sharing the threads (default 1)")
+    add("--jobs", type=int, default=1, metavar="N", help="runs side by side, in N processes that share the threads and "
+        "hold the data once each (default 1)")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)        # how --jobs begins its processes
+    add("--deterministic", action="store_true", help="let CUDA repeat every number bit for bit, as a CPU does anyway; "
+        "slower")
     args = parser.parse_args(argv)
     if args.features and (args.normalize or args.synthetic):
         parser.error("--features are used as they are: leave --normalize and --synthetic out")
@@ -114,7 +120,7 @@ def machine(device: torch.device) -> dict:
         said = ""
     name = (torch.cuda.get_device_name(device) if device.type == "cuda"
             else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
-    return {"command": f"python {' '.join(sys.argv)}", "commit": said or "unknown", "device": name,
+    return {"command": f"python {' '.join(a for a in sys.argv if a != '--worker')}", "commit": said or "unknown", "device": name,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 
 
@@ -238,8 +244,9 @@ def train_epoch(model, optimizer, clips: Clips, config, name: str) -> dict:
     model.train()
     order = data.batches(clips.real, torch.arange(len(clips.index)), config.batch_size, clips.generator)
     parameters, values = [p for p in model.parameters() if p.requires_grad], []
-    for rows in tqdm(order, desc=name, leave=False, disable=not sys.stderr.isatty()):
-        terms = model.losses(*clips.batch(model, rows))
+    given = data.ahead(clips.split, (clips.batch(model, rows) for rows in order))
+    for batch in tqdm(given, desc=name, total=len(order), leave=False, disable=not sys.stderr.isatty()):
+        terms = model.losses(*batch)
         values.append(torch.stack([t.detach() for t in terms.values()]))
         optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
@@ -364,100 +371,141 @@ def introduce(run: dict, loaded: dict, device: torch.device) -> None:
     print(f"model: {run['method']}, {count:,} parameters; {config}", flush=True)
 
 
-def closing(args, folders: dict[str, list[Path]], loaded: dict) -> None:
-    """The seven-column validation table of the runs just made, from their logs, and the command for the test table."""
-    task, made_up = METHODS[args.method].TASKS[args.dataset], "SYNTHETIC" if loaded["source"]["synthetic"] else ""
-    for ablation, same in folders.items():
+def closing(args, done: dict[str, list[Path]]) -> None:
+    """The seven-column validation table of the runs just made, from their folders, and the command for the test table."""
+    for ablation, folders in done.items():
         found = []
-        for folder in same:
+        for folder in folders:
             lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            best = max((h for h in lines if h["stage"] == lines[-1]["stage"]), key=lambda h: h["score"])
-            found.append(best["valid"])
+            found.append(max((h for h in lines if h["stage"] == lines[-1]["stage"]), key=lambda h: h["score"])["valid"])
         metrics = [k for k in found[0]["lav"] if k != "n"]
         rows = []
         for metric in metrics:
             each = [evaluation.cells("sets", f, metric) for f in found]
             rows += evaluation.records("sets", metric, "ours", "ours", {c: [e[c] for e in each] for c in each[0]})
-        name = " ".join(filter(None, (args.method, ablation, "on", args.dataset, made_up,
-                                      evaluation.simulation(args.method, loaded["dims"]))))
+        run = json.loads((folder / "config.json").read_text())["run"]
+        name = " ".join(filter(None, (args.method, ablation, "on", args.dataset, run["data"]["synthetic"] and "SYNTHETIC",
+                                      evaluation.simulation(args.method, run["dims"]))))
         print(f"\nvalidation, {name} ({evaluation.units(metrics)})")
         print(evaluation.show(rows, "sets", metrics, evaluation.TITLES, "text"))
-    print(f"\nthe test table: python eval.py {' '.join(sorted({str(f.parent) for of in folders.values() for f in of}))}",
-          flush=True)
+    folders = dict.fromkeys(str(f.parent) for folders in done.values() for f in folders)
+    print(f"\nthe test table: python eval.py {' '.join(folders)}", flush=True)
 
 
-def side_by_side(args, argv: list[str], plan: list) -> list[int]:
-    """Each run as a process of its own with its share of the threads; one progress line a process on a terminal.
-    Returns the exit codes."""
+def one_run(args, ablation: str, seed: int, loaded: dict, device: torch.device) -> Path:
+    """Train one run of the plan, from where it stopped; returns its folder."""
+    run, folder = describe(args, ablation, seed, loaded), run_folder(args, ablation, seed, loaded["source"]["synthetic"])
+    print(f"\n{folder}", flush=True)
+    if args.dry_run:
+        dry(run, loaded, device)
+        return folder
+    with locked(folder):
+        state = restore(folder, run, args.resume, device)
+        if state and state["finished"]:
+            print("finished already", flush=True)
+        else:
+            train(run, folder, loaded, device, state)
+    return folder
+
+
+def serve(args, loaded: dict, device: torch.device) -> None:
+    """One process of side_by_side: it trains the runs that it reads of, "seed ablation" a line."""
+    print(DONE, flush=True)
+    for line in sys.stdin:
+        seed, _, ablation = line.strip().partition(" ")
+        try:
+            ended = one_run(args, ablation, int(seed), loaded, device)
+        except DataError as error:
+            ended = f"error: {error}"
+        print(f"{DONE}{ended}", flush=True)
+
+
+def side_by_side(args, argv: list[str], plan: list) -> dict:
+    """(ablation, seed) -> folder of the runs that did not fail. `jobs` processes with a share of the threads load the
+    data once each and take the next run when they have done one; one progress line a process on a terminal."""
     share = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), "PYTHONUNBUFFERED": "1"}
-    begun = []
+    waiting, begun, folders = iter(plan), [], {}
 
-    def work(place: int, ablation: str, seed: int, folder: Path) -> int:
-        name = f"{folder.parent.name}/{folder.name}"
-        command = [sys.executable, str(Path(__file__).resolve()), *argv, "--jobs", "1", "--seeds", str(seed)]
-        # A session of its own: a stop from the keyboard reaches it once, through this process.
-        child = subprocess.Popen(command + ["--ablate", ablation], env=share, stdout=subprocess.PIPE,
-                                 stderr=subprocess.STDOUT, text=True, start_new_session=True)
-        begun.append(child)
-        with tqdm(desc=name, position=place, disable=not sys.stderr.isatty(), bar_format="{desc}: {postfix}") as line:
-            final = ""
-            for said in child.stdout:
-                final = said.strip() or final
-                line.set_postfix_str(final)
-                if line.disable and " valid " in said:
-                    print(f"{name}: {final}", flush=True)
-        if child.wait() not in (0, 130):        # 130: stopped from the keyboard
-            print(f"{name} failed: {final}", file=sys.stderr, flush=True)
-        return child.returncode
+    def follow(child, name: str, line) -> str:
+        """What the child said last, when it has done what it was asked, or ended."""
+        final = ""
+        for said in child.stdout:
+            if said.startswith(DONE):
+                return said.removeprefix(DONE).strip()
+            final = said.strip() or final
+            line.set_postfix_str(final)
+            if not name and child is begun[0]:
+                print(said, end="", flush=True)         # the introduction, once
+            elif name and line.disable and " valid " in said:
+                print(f"{name}: {final}", flush=True)
+        return final if final.startswith("error: ") or child.wait() == 130 else f"error: {final}"
+
+    def work(place: int) -> None:
+        child = None
+        with tqdm(position=place, disable=not sys.stderr.isatty(), bar_format="{desc}: {postfix}") as line:
+            for ablation, seed in waiting:
+                name = f"{args.method}{'-' if ablation else ''}{ablation}/s{seed}"
+                line.set_description_str(name)
+                if child is None or child.poll() is not None:
+                    # A session of its own: a stop from the keyboard reaches it once, through this process.
+                    child = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *argv, "--worker"], env=share,
+                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                             text=True, start_new_session=True)
+                    begun.append(child)
+                    if said := follow(child, "", line):
+                        raise DataError(said.removeprefix("error: "))
+                print(seed, ablation, file=child.stdin, flush=True)
+                ended = follow(child, name, line)
+                if ended.startswith("error: "):
+                    print(f"{name} failed: {ended}", file=sys.stderr, flush=True)
+                else:
+                    folders[ablation, seed] = Path(ended)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
-            return list(pool.map(work, range(len(plan)), *zip(*plan)))
+            list(pool.map(work, range(args.jobs)))
         except KeyboardInterrupt:
+            plan.clear()        # so that `waiting` is at its end
             for child in begun:
                 child.send_signal(signal.SIGINT)
             raise
+        finally:
+            for child in begun:
+                child.stdin.close()
+    return folders
 
 
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # without it CUDA's matrix products refuse
+    torch.use_deterministic_algorithms(args.deterministic)
     seeds = args.seeds[:1] if args.dry_run else dict.fromkeys(args.seeds)
+    plan = [(ablation, seed) for ablation in dict.fromkeys(args.ablate) for seed in seeds]
+    count, done = len(plan), {}
     try:
-        device = evaluation.device_named(args.device)
-        loaded = data.load(args.dataset, args.data_dir, ("train", "valid"), device, args.normalize,
-                           synthetic=args.synthetic, limit=args.limit, features=args.features, labels=args.labels,
-                           max_frames=args.max_frames)
-        plan = [(ablation, seed, run_folder(args, ablation, seed, loaded["source"]["synthetic"]))
-                for ablation in dict.fromkeys(args.ablate) for seed in seeds]
-        introduce(describe(args, *plan[0][:2], loaded), loaded, device)
-        if args.official:
-            folder = run_folder(args, "", "official", False)
-            adopt(describe(args, "", "official", loaded), folder, loaded, args.official)
-            return 0
-        codes = [0] * len(plan)
-        if args.jobs > 1 and len(plan) > 1 and not args.dry_run:
-            codes = side_by_side(args, argv, plan)
+        if args.jobs > 1 and count > 1 and not (args.dry_run or args.worker or args.official):
+            folders = side_by_side(args, argv, [*plan])
         else:
-            for ablation, seed, folder in plan:
-                run = describe(args, ablation, seed, loaded)
-                print(f"\n{folder}", flush=True)
-                if args.dry_run:
-                    dry(run, loaded, device)
-                    continue
-                with locked(folder):
-                    state = restore(folder, run, args.resume, device)
-                    if state and state["finished"]:
-                        print("finished already")
-                    else:
-                        train(run, folder, loaded, device, state)
-        done = {}
-        for (ablation, _, folder), code in zip(plan, codes):
-            done.setdefault(ablation, []).extend([folder] if code == 0 else [])
-        done = {ablation: folders for ablation, folders in done.items() if folders}
+            device = evaluation.device_named(args.device)
+            loaded = data.load(args.dataset, args.data_dir, ("train", "valid"), device, args.normalize,
+                               synthetic=args.synthetic, limit=args.limit, features=args.features, labels=args.labels,
+                               max_frames=args.max_frames)
+            introduce(describe(args, *plan[0], loaded), loaded, device)
+            if args.worker:
+                serve(args, loaded, device)
+                return 0
+            if args.official:
+                adopt(describe(args, "", "official", loaded), run_folder(args, "", "official", False), loaded, args.official)
+                return 0
+            folders = {(ablation, seed): one_run(args, ablation, seed, loaded, device) for ablation, seed in plan}
+        for ablation, seed in plan:
+            if (ablation, seed) in folders:
+                done.setdefault(ablation, []).append(folders[ablation, seed])
         if done and not args.dry_run:
-            closing(args, done, loaded)
-        return 2 if any(codes) else 0
+            closing(args, done)
+        return 2 if len(folders) < count else 0
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

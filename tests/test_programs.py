@@ -879,25 +879,33 @@ def test_seeds_side_by_side(trained, tmp_path):
     assert [h["stage"] for h in one] == [h["stage"] for h in two] and one[0]["losses"]["task"] == pytest.approx(two[0]["losses"]["task"], rel=1e-4)
 
 
-def test_each_process_side_by_side_trains_one_run_of_the_plan(tmp_path, monkeypatch, capsys):
+def test_processes_side_by_side_stay_and_share_the_plan(tmp_path, monkeypatch, capsys):
+    """Two processes train six runs, to the numbers of one after the other; nobody else loads the data; a run that fails is named."""
     written(tmp_path / "data", learnable(n=12))
-    commands = []
-
-    class Child:
-        stdout, returncode = ["error: only recorded"], 2
-
-        def __init__(self, command, **more):
-            commands.append(command)
-
-        def wait(self):
-            return 2
-    monkeypatch.setattr(train.subprocess, "Popen", Child)
-    monkeypatch.setattr(train, "machine", lambda device: {"command": "", "commit": "", "device": "", "versions": {}})      # it starts a program too
-    assert run(tmp_path, "--ablate", "all", "--jobs", "3", seeds=("1", "2"), method="umdf") == 2
-    plans = [train.parse(command[2:]) for command in commands]
-    assert all(len(p.seeds) == len(p.ablate) == p.jobs == 1 for p in plans)
-    assert {(p.ablate[0], p.seeds[0]) for p in plans} == {(a, s) for a in ("", *umdf.ABLATIONS) for s in (1, 2)} and len(plans) == 2 + 2 * len(umdf.ABLATIONS)
-    assert "umdf/s1 failed: error: only recorded" in capsys.readouterr().err
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)        # as the processes have
+    plan = ["--ablate", "", "no_rep", "no_resp"]
+    assert run(tmp_path, *plan, seeds=("1", "2"), epochs="1", method="umdf") == 0
+    torch.set_num_threads(threads)
+    one = capsys.readouterr().out
+    (tmp_path / "runs").rename(tmp_path / "alone")
+    blocked = tmp_path / "runs" / "mosi" / "umdf-no_rep" / "s2"
+    blocked.mkdir(parents=True)
+    (blocked / "config.json").write_text("{}")
+    begun, popen = [], subprocess.Popen
+    monkeypatch.setattr(train.subprocess, "Popen", lambda command, **more: (begun.append(command), popen(command, **more))[1])
+    monkeypatch.setattr(data, "load", None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert run(tmp_path, *plan, "--jobs", "2", seeds=("1", "2"), epochs="1", method="umdf") == 2
+    said = capsys.readouterr()
+    assert len(begun) == 2 and "umdf-no_rep/s2 failed: error: " in said.err and "Traceback" not in said.err
+    left = sorted(p.relative_to(tmp_path / "runs") for p in (tmp_path / "runs").rglob("best.pt"))
+    assert len(left) == 5
+    for path in left:
+        here, there = (torch.load(root / path, weights_only=True)["model"] for root in (tmp_path / "runs", tmp_path / "alone"))
+        assert equal(here, there), path
+    tables = [text[text.index("validation, umdf on"):].split("validation, umdf no_rep")[0] for text in (said.out, one)]
+    assert tables[0] == tables[1] and said.out.count("data: ") == 1 and "worker" not in said.out
 
 
 @pytest.mark.long
