@@ -973,3 +973,23 @@ def test_help(module, capsys):
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
     assert stop.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", evaluation.METHODS)
+def test_a_deterministic_run_is_the_same_on_a_cpu(tmp_path, method, monkeypatch):
+    """The strict mode refuses operations without a repeatable form, and changes no number here."""
+    written(tmp_path / "data", learnable(n=12))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    asked = []
+    for more in ([], ["--deterministic"]):
+        monkeypatch.setattr(train, "train_epoch", lambda *a, whole=train.train_epoch: (
+            asked.append(torch.are_deterministic_algorithms_enabled()), whole(*a))[1])
+        assert run(tmp_path, *more, "--no-resume", epochs="1", method=method) == 0
+        monkeypatch.undo()
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+        (tmp_path / f"runs{len(more)}").mkdir()
+        (tmp_path / "runs").rename(tmp_path / f"runs{len(more)}" / "runs")
+    torch.use_deterministic_algorithms(False)
+    name = f"mosi/{method}/s1"
+    assert asked[0] is False and asked[-1] is True
+    assert equal(*(parameters(tmp_path / f"runs{i}", name) for i in (0, 1)))

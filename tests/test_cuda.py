@@ -1,0 +1,282 @@
+"""The programs on a device that is not there: tensors that say they lie on cuda:0 and compute on the CPU. What CUDA would
+refuse is refused here, with operation and line; what makes the program wait for the device, and copies to it, are counted."""
+import collections
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+import corrkd
+import data
+import double_flow
+import eval as evaluation
+import train
+import umdf
+from helpers import ROOT, equal, feature_folders, history, learnable, parameters, written
+
+aten, CPU, CUDA = torch.ops.aten, torch.device("cpu"), torch.device("cuda:0")
+WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.equal}
+counted = collections.Counter()
+
+
+def line() -> str:
+    frames = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].line}" if frames else "outside of the programs"
+
+
+def refuse(what):
+    raise AssertionError(f"CUDA refuses {what}, {line()}")
+
+
+def wait(what):
+    counted["waits"] += 1
+    counted[f"wait: {what}, {line()}"] += 1
+
+
+class Pretend(torch.Tensor):
+    """A tensor "on cuda:0" around one on the CPU; it stands below autograd."""
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device, is_cuda = property(lambda self: CUDA), property(lambda self: True)
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, inner.stride(), inner.storage_offset(),
+                                                   dtype=inner.dtype, requires_grad=inner.requires_grad)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs, op = dict(kwargs or {}), func.overloadpacket
+        inside = tree_flatten((args, kwargs))[0]
+        plain = [t for t in inside if isinstance(t, torch.Tensor) and not isinstance(t, Pretend) and t.ndim]
+        if plain and torch._C._current_graph_task_id() >= 0:       # backward: autograd makes its zeros below Python
+            plain = [t for t in plain if t.any()]
+        if op is aten.copy_:
+            counted["copies"] += bool(plain)
+        elif plain and op in (aten.index, aten.index_put_) and isinstance(args[0], Pretend):
+            wait(f"{op} by an index on the CPU")
+        elif plain:
+            refuse(f"{op} of tensors on both devices, of shapes {[tuple(t.shape) for t in inside if isinstance(t, torch.Tensor)]}")
+        if isinstance(kwargs.get("generator"), torch.Generator):
+            refuse(f"{op} with a generator of the CPU")
+        bools = op in (aten.index, aten.index_put_) and any(t is not None and t.dtype is torch.bool for t in args[1])
+        if op in WAITS or bools:
+            wait(op)
+        if "device" in kwargs:
+            kwargs["device"] = CPU
+        out = func(*map(bare, args), **bare(kwargs))
+        if func._schema.name.endswith("_") and isinstance(args[0], Pretend):
+            return args[0]
+        return there(out)
+
+
+def bare(tree):
+    return tree_map(lambda t: t.inner if isinstance(t, Pretend) else t, tree)
+
+
+def there(tree):
+    return tree_map(lambda t: Pretend(t) if isinstance(t, torch.Tensor) and not isinstance(t, Pretend) else t, tree)
+
+
+def on_cuda(device) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+class Device(TorchFunctionMode):
+    """Factories and transfers."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        x = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if func in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda):
+            named = [a.device if isinstance(a, torch.Tensor) else a for a in (*args[1:], kwargs.get("device"))
+                     if isinstance(a, (str, torch.device, torch.Tensor))] + [x.device]
+            asked = name if name in ("cpu", "cuda") else torch.device(named[0]).type
+            if asked == "cuda" and not isinstance(x, Pretend):
+                if not (kwargs.get("non_blocking") and getattr(x, "pinned", False)):
+                    wait("a copy from memory that is not pinned")
+                counted["copies"] += 1
+                return Pretend(x.detach())
+            if asked == "cpu" and isinstance(x, Pretend):
+                wait("a copy to the CPU")
+                return x.detach().inner
+            args = [CPU if isinstance(a, (str, torch.device)) else a for a in args]     # what it computes on
+            kwargs = {**kwargs, "device": CPU} if kwargs.get("device") else kwargs
+        elif func is torch.Tensor.pin_memory:
+            x = x.clone()
+            x.pinned = True
+            return x
+        elif isinstance(x, Pretend) and func in (torch.Tensor.numpy, torch.Tensor.__array__):
+            refuse(f"{name}() of a tensor on the device")
+        elif isinstance(x, Pretend) and func is torch.Tensor.tolist:
+            wait("tolist")
+            return x.inner.tolist()
+        elif isinstance(x, Pretend) and func is torch.nn.functional.one_hot:    # makes a range of its own, below Python
+            return Pretend(func(x.inner, *args[1:], **kwargs))
+        elif on_cuda(kwargs.get("device")):
+            if kwargs.get("generator") is not None:
+                refuse(f"{name} with a generator of the CPU")
+            if isinstance(x, Pretend):
+                return func(*args, **{**kwargs, "device": CPU})
+            return Pretend(func(*args, **{**kwargs, "device": CPU}))
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """All tensors of the programs are asked of this device; what is not a tensor's is replaced here."""
+    counted.clear()
+    save, load, submit, move = torch.save, torch.load, ThreadPoolExecutor.submit, torch.nn.Module.to
+
+    def loaded(file, map_location=None, **more):
+        content = load(file, map_location="cpu", **more)
+        return there(content) if on_cuda(map_location) else content
+
+    def moved(self, device):
+        for module in self.modules() if on_cuda(device) else ():
+            for name, p in module._parameters.items():
+                module._parameters[name] = p if p is None or isinstance(p, Pretend) else torch.nn.Parameter(Pretend(p.detach()), p.requires_grad)
+        return self if on_cuda(device) else move(self, device)
+
+    def set_state(state, device):
+        if isinstance(state, Pretend):
+            refuse("a random state on the device")
+        torch.set_rng_state(state)
+    def grouped(lists):         # written in C++, where the pretence does not reach
+        return {(lists[0][0].device, lists[0][0].dtype): (lists, None)}
+    monkeypatch.setattr(torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", grouped)
+    monkeypatch.setattr(torch, "save", lambda content, file: save(bare(content), file))
+    monkeypatch.setattr(torch, "load", loaded)
+    monkeypatch.setattr(torch.nn.Module, "to", moved)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", set_state)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a pretended GPU")
+    mode = Device()
+
+    def within(self, work, *args, **more):      # a mode is one thread's own
+        def inside():
+            with Device():
+                return work(*args, **more)
+        return submit(self, inside)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", within)
+    with mode:
+        yield
+
+
+def command(tmp_path, method, *more, device="cuda"):
+    where = () if "--features" in more else ("--data-dir", str(tmp_path / "data"))
+    return train.main(["--method", method, "--dataset", "mosei" if "--features" in more else "mosi", *where, "--out", str(tmp_path / "runs"),
+                       "--epochs", "2", "--lr", "0.002", "--batch-size", "8", "--seeds", "1", "--device", device, *more])
+
+
+STEP = {"corrkd": 2, "umdf": 2, "double_flow": 2}     # copies a step: one index, one of all masks
+
+
+@pytest.mark.parametrize("method", STEP)
+def test_a_run_stops_goes_on_and_is_evaluated_on_the_device(tmp_path, monkeypatch, cuda, method):
+    written(tmp_path / "data", learnable(n=20))
+    store, epoch, steps, stop = train.save_epoch, train.train_epoch, [], [KeyboardInterrupt]
+
+    def watched(model, optimizer, clips, config, name):
+        before = counted.copy()
+        losses = epoch(model, optimizer, clips, config, name)
+        steps.append((-(-len(clips.index) // config.batch_size), counted["copies"] - before["copies"], counted["waits"] - before["waits"], {k: v for k, v in (counted - before).items() if "wait:" in k}))
+        return losses
+
+    def stopping(*state):
+        store(*state)
+        if stop:
+            raise stop.pop()
+    monkeypatch.setattr(train, "train_epoch", watched)
+    monkeypatch.setattr(train, "save_epoch", stopping)
+    assert command(tmp_path, method) == 130 and command(tmp_path, method) == 0
+    stages = ["teacher", "student"] if method == "corrkd" else ["train"]
+    assert [h["stage"] for h in history(tmp_path, f"mosi/{method}/s1")] == [s for s in stages for _ in range(2)]
+    for count, copies, waits, where in steps:
+        assert count == 3 and copies == STEP[method] * count and waits == 1, where
+    whole = tmp_path / "whole"
+    written(whole / "data", learnable(n=20))
+    assert command(whole, method) == 0
+    assert equal(parameters(tmp_path, f"mosi/{method}/s1"), parameters(whole, f"mosi/{method}/s1"))
+    before, folder = counted.copy(), str(tmp_path / "runs" / "mosi" / method)
+    assert evaluation.main([folder, "--device", "cuda", "--batch-size", "8", "--predictions", str(tmp_path / "p.csv")]) == 0
+    assert counted["copies"] - before["copies"] < 150 and counted["waits"] - before["waits"] < 160, counted
+    args = evaluation.parse([folder, "--device", "cuda"])
+    _, model, loaded = evaluation.open_run(tmp_path / "runs" / "mosi" / method / "s1", args, CUDA, {})
+    h, kind = evaluation.joint(model, loaded["test"], evaluation.METHODS[method].TASKS["mosi"], 0.5, args)
+    assert isinstance(h, np.ndarray) and len(h) == len(kind) > 0
+
+
+@pytest.mark.parametrize("first, second", [("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_run_goes_on_on_another_device(tmp_path, monkeypatch, cuda, first, second):
+    written(tmp_path / "data", learnable(n=12))
+    store, stop = train.save_epoch, [KeyboardInterrupt]
+
+    def stopping(*state):
+        store(*state)
+        if stop and state[1]["stage"] == 1:
+            raise stop.pop()
+    monkeypatch.setattr(train, "save_epoch", stopping)
+    assert command(tmp_path, "corrkd", device=first) == 130 and command(tmp_path, "corrkd", device=second) == 0
+    assert len(history(tmp_path)) == 4
+    assert evaluation.main([str(tmp_path / "runs"), "--device", second, "--protocol", "combos"]) == 0
+
+
+def test_feature_folders_and_published_weights(tmp_path, cuda, capsys):
+    where, *_ = feature_folders(tmp_path / "features")
+    more = ["--features", *(f"{m}={d}" for m, d in where["features"].items()), "--labels", str(where["labels"])]
+    assert command(tmp_path, "double_flow", *more) == 0
+    model = double_flow.DoubleFlow({m: {"audio": 5, "text": 6, "vision": 4, "simulated_text": 6}[m] for m in where["features"]}, "regression",
+                                   double_flow.Config(mia="off"))
+    long = sorted(double_flow.OFFICIAL, key=len, reverse=True)
+    rename = lambda name: next(double_flow.OFFICIAL[p] + name.removeprefix(p) for p in long if name.startswith(p))
+    torch.save({rename(k): v for k, v in model.state_dict().items()}, tmp_path / "published.pth")
+    assert command(tmp_path, "double_flow", *more, "--official", str(tmp_path / "published.pth")) == 0
+    assert evaluation.main([str(tmp_path / "runs"), "--device", "cuda"]) == 0, capsys.readouterr().err
+
+
+PLANTED = {     # file -> a use of the device, and what is left when it is forgotten
+    corrkd: (", dtype=torch.bool, device=inside.device", ", dtype=torch.bool"),
+    umdf: ("sinusoid(x.shape[1], self.width, x.device).to(x)", "sinusoid(x.shape[1], self.width)"),
+    double_flow: (", dtype=torch.bool, device=features.device", ", dtype=torch.bool"),
+    data: (".to(device, non_blocking=True)", ""),
+    train: ('module.Config(**run["config"])).to(device)', 'module.Config(**run["config"]))'),
+    evaluation: ("split[m].shape[2], device=device)", "split[m].shape[2])"),
+}
+
+
+@pytest.mark.parametrize("module", PLANTED, ids=lambda m: m.__name__)
+def test_a_forgotten_device_is_named(tmp_path, cuda, module):
+    path, (use, left), whole = Path(module.__file__), PLANTED[module], dict(module.__dict__)
+    source = path.read_text()
+    assert source.count(use) == 1
+    written(tmp_path / "data", learnable(n=12))
+    try:
+        exec(compile(source.replace(use, left), path, "exec"), module.__dict__)
+        more = ["--dry-run"] if module is train else []
+        with pytest.raises(AssertionError, match="CUDA refuses aten.* of tensors on both devices, .*[.]py:"):
+            command(tmp_path, module.__name__ if module.__name__ in STEP else "corrkd", *more)
+    finally:
+        module.__dict__.update(whole)
+
+
+def test_the_pretended_device_refuses_what_cuda_refuses(cuda):
+    x, here = torch.ones(3, device="cuda"), torch.ones(3)
+    assert x.device == CUDA and (x + 1).device == CUDA and (x * torch.tensor(2.)).tolist() == [2, 2, 2]
+    for wrong in (lambda: x + here, lambda: here + x, lambda: x.numpy(), lambda: np.asarray(x), lambda: x.bernoulli_(generator=torch.Generator()),
+                  lambda: torch.rand(3, generator=torch.Generator(), device="cuda"), lambda: torch.cuda.set_rng_state(x, CUDA),
+                  lambda: torch.cat([x, here]), lambda: here[x.long()]):
+        with pytest.raises(AssertionError, match="CUDA refuses"):
+            wrong()
+    counted.clear()
+    _ = x.sum().item(), bool(x[0] > 0), x[here.long() - 1], x.cpu(), here.to("cuda"), x[x > 0]
+    assert counted["waits"] == 6 and counted["copies"] == 1
+    here.pin_memory().to("cuda", non_blocking=True)
+    assert counted["waits"] == 6 and counted["copies"] == 2
