@@ -607,13 +607,16 @@ def _shared(ids: dict[str, list[str]]) -> list[str]:
     return said
 
 
-def comparison(dataset: str, dims: dict, source: dict, widths: dict) -> tuple[bool, str]:
+def comparison(run: dict, source: dict, widths: dict) -> tuple[bool, str]:
     """Whether numbers on this data may stand beside a paper's, which are of features of these widths; and what is to be
-    said of that, if anything."""
+    said of that, if anything. run: "dataset", "dims" and "limit", as in a run record."""
+    dims, standard = run["dims"], SIZES[run["dataset"]]
     why = ["the data is SYNTHETIC"] if source["synthetic"] else []
-    if tuple(source["sizes"]) != SIZES[dataset]:
-        why.append(f"{'/'.join(map(str, source['sizes']))} clips are not the standard splits of {dataset} "
-                   f"({'/'.join(map(str, SIZES[dataset]))})")
+    if run["limit"]:
+        why.append(f"only the first {run['limit']} clips of each split are used")
+    if tuple(source["sizes"]) != standard:
+        sizes, standard = ("/".join(map(str, of)) for of in (source["sizes"], standard))
+        why.append(f"{sizes} clips are not the standard splits of {run['dataset']} ({standard})")
     if dims["text"] != widths["text"]:
         bert = ", as from BERT" if dims["text"] == 768 else ""
         why.append(f"text is {dims['text']} wide{bert}, not {widths['text']}")
@@ -794,7 +797,7 @@ def check(path: Path) -> None:
             ", ".join(f"{e} {100 * share:.1f} %" for e, share in zip(EMOTIONS, y.mean(0))) if emotions else
             f"{y.min():.1f} to {y.max():.1f}, mean {y.mean():.2f}, std {y.std():.2f}, "
             f"{100 * (y > 0).float().mean():.1f} % positive, {100 * (y == 0).float().mean():.1f} % zero"))
-    compared, said = comparison(loaded["dataset"], loaded["dims"], source, GLOVE)
+    compared, said = comparison({**loaded, "limit": None}, source, GLOVE)
     print(f"  CorrKD, UMDF: {said or 'the features and splits of the papers'}")
     print("  Double-Flow: trains on this file; its paper's features are folders, so nothing is compared with it; "
           f"simulated text {'comes from the file' if SIMULATED in loaded['dims'] else 'is learned from the audio'}")

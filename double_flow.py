@@ -87,6 +87,7 @@ PAPER = {
     "mosi": Config(epochs=100),         # not in the paper: 25 epochs of these small sets would be too few steps
     "iemocap": Config(epochs=100),
 }
+LISTED = {"mosi": {}, "mosei": {}, "iemocap": {}}              # MOSEI's settings are the official code's
 ABLATIONS = {
     "mia_z": {"mia": "z"},
     "no_mia": {"mia": "off"},

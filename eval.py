@@ -13,6 +13,7 @@ import csv
 import importlib
 import io
 import json
+import os
 import pickle
 import statistics
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.linear_model import Ridge
+from sklearn.manifold import TSNE
 from sklearn.metrics import accuracy_score, auc, f1_score, mean_absolute_error
 
 import data
@@ -33,6 +35,7 @@ METHODS = {name: importlib.import_module(name) for name in ("umdf", "corrkd", "d
 #   TASKS             data set -> "regression", "polarity" or "emotions"
 #   Config, PAPER     a dataclass with at least lr, weight_decay, batch_size, epochs, clip, aligned; data set -> Config
 #   ABLATIONS         name -> the fields of Config that it changes
+#   LISTED            data set -> fields of Config that PAPER has otherwise than they are listed for the paper
 #   REPORTED          data set -> ablation ("" = the full method) -> metric -> column -> the paper's number
 #   FEATURES          stream -> the width of the features that REPORTED is of
 #   TABLE             column -> title where the paper's table is not that of the seven sets, else {}
@@ -103,85 +106,69 @@ def metrics(task: str, answer: np.ndarray, truth: np.ndarray) -> dict[str, float
             "Corr": float(np.corrcoef(truth, answer)[0, 1]) if varied else nan}
 
 
-@torch.no_grad()
-def encode(model, m: str, split: dict, present: torch.Tensor, size: int) -> torch.Tensor:
-    """Stream m of a whole split under one mask, (N, d), in batches of clips of similar length."""
-    length, device = split["real"][m].sum(1), split["label"].device
-    parts, order = [], length.argsort(stable=True)
-    (real, present), (there,) = data.sent([split["real"][m], present], device), data.sent([order], device)
-    for index, place in zip(order.split(size), there.split(size)):
-        cut = max(1, int(length[index[-1]]))
-        x = data.gather(split, m, index, place, cut) * present[place, :cut, None]
-        parts.append(model.encode(m, x, real[place, :cut]))
-    return torch.cat(parts)[there.argsort()]
+def absent(model, m: str, stream: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Stream m of a batch, removed, (B, d): all its frames are zeros, so clips of one length share one answer."""
+    length, clip = lengths.unique(return_inverse=True)
+    (real,), (clip,) = (data.sent([x], stream.device) for x in (torch.arange(stream.shape[1]) < length[:, None], clip))
+    return model.encode(m, stream.new_zeros(len(length), *stream.shape[1:]), real)[clip]
 
 
 @torch.no_grad()
-def encode_absent(model, m: str, split: dict, size: int) -> torch.Tensor:
-    """Stream m removed, (N, d): all its frames are zeros, so clips of one length share one answer."""
-    length, clip = split["real"][m].sum(1).unique(return_inverse=True)
-    device, frames = split["label"].device, torch.arange(max(1, int(length.max())))
-    zeros = torch.zeros(min(size, len(length)), len(frames), split[m].shape[2], device=device)
-    rows = [model.encode(m, zeros[:len(part)], (frames < part[:, None]).to(device)) for part in length.split(size)]
-    return torch.cat(rows)[clip.to(device)]
+def predict(model, split: dict, masks: list[dict], size: int = 256, head=None) -> list[torch.Tensor]:
+    """Outputs (N, ...) of a whole split under each of these masks (stream -> present (N, T_m)), in batches of clips of
+    similar length. head: what is done to the joint representation, if it is not model.classify.
 
-
-@torch.no_grad()
-def predict(model, split: dict, conditions, name: str, mask_seed: int = 0, size: int = 256, head=None):
-    """For each condition (a set like "la", or a rate of dropped frames): outputs (N, ...) and the realised rates. head:
-    what is done to the joint representation, if it is not model.classify.
-
-    A method with `encode` treats its streams one by one: each is then encoded once present and once absent, and the
-    sets are put together from these.
+    A method with `encode` treats its streams one by one: in a batch each is then encoded once whole and once absent,
+    and the sets are put together from these.
     """
     model.eval()
-    head = head or model.classify
-    if model.encode:
-        whole = {m: encode(model, m, split, split["real"][m], size) for m in STREAMS}
-        absent = {m: encode_absent(model, m, split, size) for m in STREAMS}
-        for condition in conditions:
-            present = data.evaluation_masks(split["real"], condition, name, mask_seed)
-            parts = [whole[m] if torch.equal(present[m], split["real"][m]) else absent[m] if not present[m].any()
-                     else encode(model, m, split, present[m], size) for m in STREAMS]
-            yield condition, head(torch.cat(parts, dim=-1)), data.realised(present, split["real"])
-        return
-    device, order = split["label"].device, sum(split["real"][m].sum(1) for m in STREAMS).argsort(stable=True)
-    (there,), outputs, shares, kept = data.sent([order], device), [[] for _ in conditions], [], []
-    for condition in conditions:
-        present = data.evaluation_masks(split["real"], condition, name, mask_seed)
-        shares.append(data.realised(present, split["real"]))
-        kept.append(dict(zip(STREAMS, data.sent([present[m] for m in STREAMS], device))))
-    read = ((place, *data.batch(split, index, place)[:2]) for index, place in zip(order.split(size), there.split(size)))
-    for place, streams, real in data.ahead(split, read):        # outside: feature files are read but once
-        for present, output in zip(kept, outputs):
+    head, device = head or model.classify, split["label"].device
+    lengths = {m: split["real"][m].sum(1) for m in STREAMS}
+    order = sum(lengths.values()).argsort(stable=True)
+    (there,), outputs = data.sent([order], device), [[] for _ in masks]
+    forms = [{m: "whole" if torch.equal(present[m], split["real"][m]) else "part" if present[m].any() else "absent"
+              for m in STREAMS} for present in masks]
+    kept = [dict(zip(STREAMS, data.sent([present[m] for m in STREAMS], device))) for present in masks]
+    read = ((index, place, *data.batch(split, index, place)[:2])
+            for index, place in zip(order.split(size), there.split(size)))
+    for index, place, streams, real in data.ahead(split, read):
+        known = {}
+        for present, form, output in zip(kept, forms, outputs):
             left = {m: streams[m] * present[m][place, :streams[m].shape[1], None] for m in STREAMS}
-            output.append(head(model.represent({**streams, **left}, real)))
-    for condition, output, share in zip(conditions, outputs, shares):
-        yield condition, torch.cat(output)[there.argsort()], share
+            if not model.encode:
+                output.append(head(model.represent({**streams, **left}, real)))
+                continue
+            for m in STREAMS:
+                if (m, form[m]) not in known or form[m] == "part":
+                    known[m, form[m]] = (absent(model, m, left[m], lengths[m][index]) if form[m] == "absent"
+                                         else model.encode(m, left[m], real[m]))
+            output.append(head(torch.cat([known[m, form[m]] for m in STREAMS], dim=-1)))
+    return [torch.cat(output)[there.argsort()] for output in outputs]
 
 
 def evaluate(model, task: str, split: dict, conditions, name: str, mask_seed: int = 0, size: int = 256,
              clips: list | None = None) -> dict:
-    """condition -> {"n": clips that count, "realised": dropped shares, metric: value}. clips: a list that gets each
-    clip's answer, (condition, position in the split, truth, answer, probability of class 1 or None)."""
-    index, truth = targets(split["label"], task)
-    truth, result = truth.cpu().numpy(), {}
-    for condition, output, rates in predict(model, split, conditions, name, mask_seed, size):
-        output = output[index]
-        answer = (output[:, 0] if task == "regression" else output.argmax(-1)).cpu().numpy()
-        result[str(condition)] = {"n": len(truth), "realised": rates, **metrics(task, answer, truth)}
+    """For each condition (a set like "la", or a rate of dropped frames): {"n": clips that count, "realised": dropped
+    shares, "loss": the task's, metric: value}. clips: a list that gets each clip's answer, (condition, position in the
+    split, truth, answer, probability of class 1 or None)."""
+    (index, truth), result = (x.cpu() for x in targets(split["label"], task)), {}
+    masks = [data.evaluation_masks(split["real"], c, name, mask_seed) for c in conditions]
+    for condition, present, output in zip(map(str, conditions), masks, predict(model, split, masks, size)):
+        output = output.cpu()[index]
+        answer = output[:, 0] if task == "regression" else output.argmax(-1)
+        loss = (torch.nn.functional.mse_loss(answer, truth) if task == "regression" else
+                torch.nn.functional.cross_entropy(output.reshape(-1, 2), truth.flatten()))
+        result[condition] = {"n": len(truth), "realised": data.realised(present, split["real"]), "loss": loss.item(),
+                             **metrics(task, answer.numpy(), truth.numpy())}
         if clips is not None:
             chance = [None] * len(truth) if task == "regression" else output.softmax(-1)[..., 1].tolist()
-            clips += zip([str(condition)] * len(truth), index.tolist(), truth.tolist(), answer.tolist(), chance)
+            clips += zip([condition] * len(truth), index.tolist(), truth.tolist(), answer.tolist(), chance)
     return result
 
 
 def score(result: dict) -> float:
-    """What selects a checkpoint, the more the better: the mean over the conditions of -MAE for a regression, else of
-    F1 (over the emotions too)."""
-    if "MAE" in next(iter(result.values())):
-        return -statistics.fmean(c["MAE"] for c in result.values())
-    return statistics.fmean(v for c in result.values() for k, v in c.items() if k in MAIN)
+    """What selects a checkpoint, the more the better: minus the task's loss, in the mean over the conditions."""
+    return -statistics.fmean(c["loss"] for c in result.values())
 
 
 class Linear(torch.nn.Module):
@@ -211,11 +198,10 @@ def fit_linear(loaded: dict, task: str) -> dict | None:
     if isinstance(train["text"], data.Frames) or task in known:
         return known.get(task)
     index, truth = targets(train["label"], task)
-    plain, copies = Linear(task, torch.empty(0), torch.empty(0)), []
-    for _ in range(COPIES):
-        present = data.training_masks(train["real"], generator)
-        copies.append(torch.cat([encode(plain, m, train, present[m], 256) for m in STREAMS], 1)[index].cpu().numpy())
-    x, y = np.concatenate(copies), truth.reshape(len(truth), -1).cpu().numpy()
+    plain = Linear(task, torch.empty(0), torch.empty(0))
+    copies = [data.training_masks(train["real"], generator) for _ in range(COPIES)]
+    x = torch.cat([h[index] for h in predict(plain, train, copies, head=torch.nn.Identity())]).cpu().numpy()
+    y = truth.reshape(len(truth), -1).cpu().numpy()
     y, best = np.tile(y if task == "regression" else 2 * y - 1, (COPIES, 1)), None
     for strength in STRENGTHS:
         with warnings.catch_warnings():
@@ -243,15 +229,16 @@ def run_record(method: str, dataset: str, ablation: str, seed, config, loaded: d
 
 
 def settings(run: dict) -> dict:
-    """A run record as one level, without what may differ between runs that are the same: where the data lies. A
-    DataError for what is no run record of this version."""
-    known = {"format", "method", "dataset", "task", "ablation", "seed", "limit", "normalize", "dims", "lacking", "config",
-             "constant", "data"}
-    if (not isinstance(run, dict) or set(run) != known or run["format"] != FORMAT or run["method"] not in METHODS
-            or run["dataset"] not in data.SIZES or not isinstance(run["config"], dict)
-            or not {"sha256", "file", "synthetic"} <= set(run["data"] if isinstance(run["data"], dict) else ())):
+    """A run record as one level, without what may differ between runs that are the same: where the data lies. An
+    UnpicklingError for what is no run record of this version."""
+    try:
+        source, config, known = run["data"], run["config"], asdict(METHODS[run["method"]].Config())
+        whole = (len(run) == 13 and run["format"] == FORMAT and run["dataset"] in data.SIZES
+                 and set(config) == set(known) and {"sha256", "file", "synthetic", "sizes", "notes", "arguments"} <= set(source))
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
         raise pickle.UnpicklingError("it holds no run of this version")
-    source, config = run["data"], run["config"]
     return {**{k: v for k, v in run.items() if k not in ("data", "config")}, **config,
             "data file": source["sha256"] or source["file"]}
 
@@ -302,21 +289,9 @@ def device_named(name: str) -> torch.device:
 
 
 def conditions(args, lacking: list[str]) -> list:
-    """The sets of streams, but for those that the data cannot answer, and the rates of dropped frames that are asked
-    for."""
+    """The sets of streams that the data can answer, and the rates of dropped frames, as far as they are asked for."""
     sets = data.answerable(data.SETS, lacking) if args.protocol != "rates" else []
     return sets + (args.rates if args.protocol != "combos" else [])
-
-
-def measure(model, linear: Linear | None, run: dict, loaded: dict, args, clips: list | None = None) -> dict:
-    """The results of one model and of the baselines: what the run was, on which data, the metrics of every condition."""
-    split, task, asked = loaded[args.split], run["task"], conditions(args, run["lacking"])
-    how = split, asked, args.split, args.mask_seed, args.batch_size
-    found = evaluate(model, task, *how, clips)
-    truth = targets(split["label"], task)[1].cpu().numpy()
-    always = metrics(task, np.broadcast_to(np.array(run["constant"]), truth.shape), truth)
-    return {"run": run, "split": args.split, "mask_seed": args.mask_seed, "data": loaded["source"], "conditions": found,
-            "constant": dict.fromkeys(found, always), "linear": evaluate(linear, task, *how) if linear else None}
 
 
 def open_run(folder: Path, args, device, cache: dict) -> tuple[dict, torch.nn.Module, dict]:
@@ -342,15 +317,19 @@ def open_run(folder: Path, args, device, cache: dict) -> tuple[dict, torch.nn.Mo
 
 
 def evaluate_run(folder: Path, args, device, cache: dict, clips: list) -> dict:
-    """Measure one run on the asked split, write its results.json, and return what that says. clips gets a line for each
-    clip and condition."""
+    """Measure one run and its baselines on the asked split, write its results.json, and return what that says. clips
+    gets a line for each clip and condition."""
     checkpoint, model, loaded = open_run(folder, args, device, cache)
-    run, log, answered = checkpoint["run"], folder / "log.jsonl", []
-    linear = checkpoint["linear"] and Linear(run["task"], **checkpoint["linear"])
-    result = {**measure(model, linear, run, loaded, args, answered), "epoch": checkpoint["epoch"], "epochs_run": None,
-              "checkpoint_sha256": data.sha256(folder / "best.pt")}
-    ids = loaded[args.split]["id"]
-    clips += [(folder, run["method"], run["ablation"], run["seed"], c, ids[i] if ids else i, *rest)
+    run, split, log, answered = checkpoint["run"], loaded[args.split], folder / "log.jsonl", []
+    how = run["task"], split, conditions(args, run["lacking"]), args.split, args.mask_seed, args.batch_size
+    found = evaluate(model, *how, answered)
+    linear = checkpoint["linear"] and evaluate(Linear(run["task"], **checkpoint["linear"]), *how)
+    truth = targets(split["label"], run["task"])[1].cpu().numpy()
+    always = metrics(run["task"], np.broadcast_to(np.array(run["constant"]), truth.shape), truth)
+    result = {"run": run, "split": args.split, "mask_seed": args.mask_seed, "data": loaded["source"],
+              "conditions": found, "constant": dict.fromkeys(found, always), "linear": linear,
+              "epoch": checkpoint["epoch"], "epochs_run": None, "checkpoint_sha256": data.sha256(folder / "best.pt")}
+    clips += [(folder, run["method"], run["ablation"], run["seed"], c, split["id"][i] if split["id"] else i, *rest)
               for c, i, *rest in answered]
     if log.exists():        # best.pt is of the last stage
         with data.told(log, "The same train.py command writes it again."):
@@ -366,13 +345,12 @@ def read_results(folder: Path, args) -> dict:
     path = folder / "results.json"
     with data.told(path, "It is damaged or of another version: leave --stored out to evaluate the run."):
         result = json.loads(path.read_text())
-        run = result["run"]
-        usual = asdict(METHODS[settings(run)["method"]].Config())
-        if set(run["config"]) != set(usual) or not {"sizes", "notes"} <= set(result["data"]):
-            raise pickle.UnpicklingError("it is of another version")
+        for source in (result["run"]["data"], result["data"]):
+            settings({**result["run"], "data": source})
         wrong = [f"{k} {result[k]}, not {v}" for k, v in (("split", args.split), ("mask_seed", args.mask_seed))
                  if result[k] != v]
-        wrong += [f"no condition {c}" for c in conditions(args, run["lacking"]) if str(c) not in result["conditions"]][:1]
+        wrong += [f"no condition {c}" for c in conditions(args, result["run"]["lacking"])
+                  if str(c) not in result["conditions"]][:1]
     if (folder / "best.pt").exists() and data.sha256(folder / "best.pt") != result["checkpoint_sha256"]:
         wrong.append("another checkpoint than the best.pt beside it")
     if wrong:
@@ -395,17 +373,9 @@ def names(groups: list) -> list[str]:
     return result
 
 
-def compared(result: dict) -> tuple[bool, str]:
-    """Whether the paper's numbers may stand beside these; and what is to be said of that, if anything."""
-    run = result["run"]
-    if run["limit"]:
-        return False, f"nothing is compared with the paper: only the first {run['limit']} clips of each split"
-    return data.comparison(run["dataset"], run["dims"], result["data"], METHODS[run["method"]].FEATURES)
-
-
-def measured(result: dict) -> list[str]:
-    """The metrics of a run's results."""
-    return list(next(iter(result["constant"].values())))
+def measured(found: dict) -> list[str]:
+    """The metrics of results; found: condition -> what was measured."""
+    return [k for k in next(iter(found.values())) if k not in ("n", "realised", "loss")]
 
 
 def cells(table: str, found: dict, metric: str, rates=()) -> dict[str, float]:
@@ -419,23 +389,20 @@ def cells(table: str, found: dict, metric: str, rates=()) -> dict[str, float]:
     return {**row, "area": auc(rates, [*row.values()]) / (rates[-1] - rates[0])} if len(rates) > 1 else row
 
 
-def records(table: str, metric: str, kind: str, group: str, row: dict) -> list[dict]:
-    """One record for each number of a row. row: column -> a number, or a list with one for each run, of which the mean,
-    the sample standard deviation (None for one run, nan where a Corr is not defined) and n are told."""
-    result = []
-    for column, v in row.items():
-        several = isinstance(v, list)
-        result.append({"table": table, "metric": metric, "kind": kind, "group": group, "column": column,
-                       "mean": statistics.fmean(v) if several else v, "n": len(v) if several else None,
-                       "std": float(np.std(v, ddof=1)) if several and len(v) > 1 else None})
-    return result
+def records(table: str, metric: str, kind: str, group: str, rows: list[dict]) -> list[dict]:
+    """One record for each number of a row: the mean over `rows` (column -> number, one for each run), n, and the sample
+    standard deviation (None for one run, nan where a Corr is not defined)."""
+    return [{"table": table, "metric": metric, "kind": kind, "group": group, "column": column,
+             "mean": statistics.fmean(values), "n": len(values) if kind in ("ours", "paired") else None,
+             "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+            for column in (rows[0] if rows else ()) for values in [[row[column] for row in rows]]]
 
 
 def reported(result: dict, table: str, metric: str) -> dict[str, float]:
     """The paper's known numbers for what this run is: column -> number, where they may be compared."""
     run = result["run"]
     known = METHODS[run["method"]].REPORTED[run["dataset"]].get(run["ablation"], {}).get(metric, {})
-    if not compared(result)[0]:
+    if not data.comparison(run, result["data"], METHODS[run["method"]].FEATURES)[0]:
         return {}
     return known if table == "sets" else {"0.0": known["lav"]} if "lav" in known else {}
 
@@ -446,21 +413,20 @@ def tabulate(groups: dict[str, list], args) -> list[dict]:
     if args.reference and args.reference not in groups:
         raise DataError(f"--reference {args.reference}: the runs are of {', '.join(groups)}.")
     tables = [t for t, without in (("sets", "rates"), ("rates", "combos")) if args.protocol != without]
-    every, rows = dict.fromkeys(m for runs in groups.values() for m in measured(runs[0])), []
+    every, rows = dict.fromkeys(m for runs in groups.values() for m in measured(runs[0]["conditions"])), []
     for table, metric in ((t, m) for t in tables for m in every if t == "sets" or m in MAIN):
-        have = {name: runs for name, runs in groups.items() if metric in measured(runs[0])}
+        have = {name: runs for name, runs in groups.items() if metric in measured(runs[0]["conditions"])}
         own = {name: {r["run"]["seed"]: cells(table, r["conditions"], metric, args.rates) for r in runs}
                for name, runs in have.items()}
         for name, seeds in own.items():
-            ours = {c: [row[c] for row in seeds.values()] for c in next(iter(seeds.values()))}
-            rows += records(table, metric, "ours", name, ours)
-            paper = {c: v for c, v in reported(have[name][0], table, metric).items() if c in ours}
-            rows += records(table, metric, "paper", name, paper)
-            rows += records(table, metric, "difference", name, {c: statistics.fmean(ours[c]) - v for c, v in paper.items()})
-            against = args.reference or have[name][0]["run"]["method"]
+            mine, against = list(seeds.values()), args.reference or have[name][0]["run"]["method"]
+            paper = {c: v for c, v in reported(have[name][0], table, metric).items() if c in mine[0]}
+            apart = {c: statistics.fmean(row[c] for row in mine) - v for c, v in paper.items()}
             common = [s for s in seeds if s in own.get(against, {}) and against != name]
-            paired = {c: [seeds[s][c] - own[against][s][c] for s in common] for c in (ours if common else ())}
-            rows += records(table, metric, "paired", f"{name} - {against}", paired)
+            paired = [{c: v - own[against][s][c] for c, v in seeds[s].items()} for s in common]
+            for kind, group, of in (("ours", name, mine), ("paper", name, [paper]), ("difference", name, [apart]),
+                                    ("paired", f"{name} - {against}", paired)):
+                rows += records(table, metric, kind, group, of)
         for kind in ("constant", "linear"):
             of = {}     # the same for methods of the same task
             for runs in (runs for runs in have.values() if runs[0][kind]):
@@ -468,11 +434,11 @@ def tabulate(groups: dict[str, list], args) -> list[dict]:
                 of.setdefault(row, []).append(runs[0]["run"]["method"])
             for row, methods in of.items():
                 group = ", ".join(dict.fromkeys(methods)) if len(of) > 1 else ""
-                rows += records(table, metric, kind, group, json.loads(row))
+                rows += records(table, metric, kind, group, [json.loads(row)])
     if "rates" in tables:
-        gone = {str(p): next(iter(groups.values()))[0]["conditions"][str(p)]["realised"].values() for p in args.rates}
-        shares = {p: [s for s in of if s is not None] for p, of in gone.items()}
-        rows += records("rates", "", "realised", "", {p: statistics.fmean(of) for p, of in shares.items() if of})
+        conditions = next(iter(groups.values()))[0]["conditions"]
+        shares = {str(p): [s for s in conditions[str(p)]["realised"].values() if s is not None] for p in args.rates}
+        rows += records("rates", "", "realised", "", [{p: statistics.fmean(of) for p, of in shares.items() if of}])
     return rows
 
 
@@ -511,10 +477,8 @@ def show(rows: list[dict], table: str, metrics, titles: dict, form: str) -> str:
 def units(metrics) -> str:
     """What the numbers of these metrics are."""
     said = ["weighted F1" + (" and accuracies in %" if "Acc-2" in metrics else " in %")]
-    if "MAE" in metrics:
-        said += ["MAE in units of the label"]
-    if "F1 has0" in metrics:
-        said += ["F1 and Acc-2 without the clips of sentiment 0, has0 with them"]
+    said += ["MAE in units of the label"] if "MAE" in metrics else []
+    said += ["F1 and Acc-2 without the clips of sentiment 0, has0 with them"] if "F1 has0" in metrics else []
     return "; ".join(said)
 
 
@@ -525,32 +489,34 @@ def simulation(method: str, dims) -> str:
     return "simulated text: " + ("from the data" if data.SIMULATED in dims else "learned from audio")
 
 
+def unlisted(run: dict) -> str:
+    """Where a run's settings are the repository's and not those that are listed for the paper."""
+    listed = METHODS[run["method"]].LISTED[run["dataset"]]
+    other = [f"{k} {run['config'][k]}, listed {v}" for k, v in listed.items() if run["config"][k] != v]
+    return f"our choice: {'; '.join(other)}" if other else ""
+
+
 def heading(results: list[dict], args) -> list[str]:
     """What a row is: whose numbers, on which data, and every reason to read them with care."""
     r, run = results[0], results[0]["run"]
     module, source = METHODS[run["method"]], r["data"]
     usual = asdict(replace(module.PAPER[run["dataset"]], **module.ABLATIONS.get(run["ablation"], {})))
     changed = [f"{k} {v}" for k, v in run["config"].items() if v != usual[k] and k != "aligned"]
-    if not run["normalize"] and not source["arguments"]["features"]:
-        changed.append("not normalised")
-    said = [" ".join(filter(None, (run["method"], run["ablation"], "on", run["dataset"])))
-            + f", {args.split} split, seeds {' '.join(str(x['run']['seed']) for x in results)}, mask seed {args.mask_seed}",
-            f"data: {source['file']}" + (f", SHA-256 {source['sha256'][:12]}" if source["sha256"] else "")]
-    if source["synthetic"]:
-        said.append("SYNTHETIC data: these numbers say nothing of the papers'. Its test split has another majority than "
-                    "its training split, so a constant answer scores below 50 there")
-    said += [f"note: {line}" for line in (*source["notes"], compared(r)[1]) if line]
-    if told := simulation(run["method"], run["dims"]):
-        said.append(told)
-    if not r["linear"]:
-        said.append("note: no linear row: it is not fitted on feature folders, which would have to be read for it")
-    if changed:
-        said.append(f"note: other settings than the defaults: {', '.join(changed)}")
-    said += [f"note: seed {x['run']['seed']} was stopped after {x['epochs_run']} of {run['config']['epochs']} epochs"
-             for x in results if x["epochs_run"] is not None and x["epochs_run"] < run["config"]["epochs"]]
-    if any(x["run"]["data"]["sha256"] != x["data"]["sha256"] for x in results):
-        said.append("WARNING: this is not the file that the runs were trained on")
-    return said
+    changed += ["not normalised"] if not run["normalize"] and not source["arguments"]["features"] else []
+    stopped = [f"note: seed {x['run']['seed']} was stopped after {x['epochs_run']} of {run['config']['epochs']} epochs"
+               for x in results if x["epochs_run"] is not None and x["epochs_run"] < run["config"]["epochs"]]
+    notes = [*source["notes"], data.comparison(run, source, module.FEATURES)[1], unlisted(run),
+             "" if r["linear"] else "no linear row: it is not fitted on feature folders",
+             f"other settings than the defaults: {', '.join(changed)}" if changed else ""]
+    return [line for line in (
+        f"{' '.join(filter(None, (run['method'], run['ablation'], 'on', run['dataset'])))}, {args.split} split, seeds "
+        f"{' '.join(str(x['run']['seed']) for x in results)}, mask seed {args.mask_seed}",
+        f"data: {source['file']}" + (f", SHA-256 {source['sha256'][:12]}" if source["sha256"] else ""),
+        "SYNTHETIC data: these numbers say nothing of the papers'. Its test split has another majority than its "
+        "training split, so a constant answer scores below 50 there" if source["synthetic"] else "",
+        simulation(run["method"], run["dims"]), *(note and f"note: {note}" for note in notes), *stopped,
+        "WARNING: this is not the file that the runs were trained on"
+        if any(x["run"]["data"]["sha256"] != x["data"]["sha256"] for x in results) else "") if line]
 
 
 def show_report(groups: dict, rows: list[dict], args) -> None:
@@ -562,21 +528,21 @@ def show_report(groups: dict, rows: list[dict], args) -> None:
         of = [name for name, told in said.items() if line in told]
         print(line + (f" ({', '.join(of)})" if len(of) < len(groups) else ""))
     every = list(dict.fromkeys(r["metric"] for r in rows if r["metric"]))
-    main = [m for m in every if m in MAIN]
+    main, alone = [m for m in every if m in MAIN], len(groups) == 1
     methods = {results[0]["run"]["method"] for results in groups.values()}
     own = METHODS[methods.pop()].TABLE if len(methods) == 1 else {}
     beside = ", an extension: not in the paper" if own else ""
     rates = {r["column"]: r["column"] for r in rows if r["table"] == "rates"}
-    parts = [("The paper's table", "sets", every, own)] if own else []
-    parts += [("Available streams" + beside, "sets", every if len(groups) == 1 and not own else main, TITLES),
-              ("Share of frames dropped in every stream" + beside, "rates", main, rates)]
-    for title, table, metrics, titles in parts:
-        if any(r["table"] == table for r in rows):
+    for title, table, metrics, titles in (
+            ("The paper's table", "sets", every, own),
+            ("Available streams" + beside, "sets", every if alone and not own else main, TITLES),
+            ("Share of frames dropped in every stream" + beside, "rates", main, rates)):
+        if titles and any(r["table"] == table for r in rows):
             print(f"\n{title} ({units(metrics)})", show(rows, table, metrics, titles, args.format),
                   sep="\n" if args.format == "text" else "\n\n")
     if "1.0" in rates:
         print("\nAt 1.0 nothing is left of any clip: a model gives all clips of one length the same answer there.")
-    if len(main) < len(every) and len(groups) > 1:
+    if len(main) < len(every) and not alone:
         print(f"\n{', '.join(m for m in every if m not in MAIN)} of these rows are in --csv and --json.")
     print()
 
@@ -584,12 +550,8 @@ def show_report(groups: dict, rows: list[dict], args) -> None:
 @contextlib.contextmanager
 def drawing(path: Path, rows: int, columns: int):
     """Axes (rows, columns) to draw into; the figure with one legend of all labels is written to `path` at the end."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise DataError("--plot needs matplotlib: pip install matplotlib. All else works without it.") from None
-    matplotlib.use("Agg")
     from matplotlib import pyplot
+    pyplot.switch_backend("Agg")
     pyplot.rcParams.update({"font.size": 8, "savefig.dpi": 200, "lines.markersize": 4})
     figure, axes = pyplot.subplots(rows, columns, figsize=(3.4 * columns, 3 * rows + .4), squeeze=False,
                                    layout="constrained")
@@ -597,10 +559,7 @@ def drawing(path: Path, rows: int, columns: int):
     lines = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=max(2, columns), fontsize=7)
     with data.replacing(path) as file:
-        try:
-            figure.savefig(file, format=path.suffix[1:] or "png", bbox_inches="tight")     # no legend is cut off
-        except ValueError as error:
-            raise DataError(f"--plot {path}: {error}.") from None
+        figure.savefig(file, format=path.suffix[1:], bbox_inches="tight")       # no legend is cut off
 
 
 def plot_curves(reports: list, path: Path) -> None:
@@ -608,22 +567,26 @@ def plot_curves(reports: list, path: Path) -> None:
     standard deviation, a star the paper's number where nothing is dropped. At most six ablations a panel; the full
     methods are in all of them, drawn last and thickest. reports: (groups, rows)."""
     of = {name: results[0] for groups, _ in reports for name, results in groups.items()}
-    order = sorted(of, key=lambda name: bool(of[name]["run"]["ablation"]))      # full methods first: the same style in all
+    order = sorted(of, key=lambda name: bool(of[name]["run"]["ablation"]))      # full methods first, styled alike in all
     panels = []
     for groups, rows in reports:
         ablated = [n for n in order if n in groups and of[n]["run"]["ablation"]]
-        full, metrics = [n for n in order if n in groups and n not in ablated], dict.fromkeys(
-            r["metric"] for r in rows if r["table"] == "rates" and r["metric"])
-        panels.append([(groups, rows, metric, ablated[i:i + 6], full)
-                       for metric in metrics for i in range(0, max(1, len(ablated)), 6)])
+        full = [n for n in order if n in groups and n not in ablated]
+        metrics = dict.fromkeys(r["metric"] for r in rows if r["table"] == "rates" and r["metric"])
+        panels.append([(rows, metric, [*ablated[i:i + 6], *full], groups) for metric in metrics
+                       for i in range(0, max(1, len(ablated)), 6)])
+    styles = {name: {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--", "marker": MARKERS[i % len(MARKERS)],
+                     "linewidth": 1 if of[name]["run"]["ablation"] else 2.2} for i, name in enumerate(order)}
     with drawing(path, len(panels), max(map(len, panels))) as axes:
-        for axis, panel in zip(axes.flat, (p for row in panels for p in row + [None] * (axes.shape[1] - len(row)))):
-            axis.set_visible(panel is not None)
-            if panel:
-                plot_panel(axis, *panel, order)
+        for row, drawn in zip(axes, panels):
+            for axis in row[len(drawn):]:
+                axis.set_visible(False)
+            for axis, panel in zip(row, drawn):
+                plot_panel(axis, *panel, styles)
 
 
-def plot_panel(axis, groups: dict, rows: list[dict], metric: str, ablated: list, full: list, order: list) -> None:
+def plot_panel(axis, rows: list[dict], metric: str, names: list[str], groups: dict, styles: dict) -> None:
+    """One metric's curves of these groups, and grey ones of the constant and the linear baseline."""
     curves = {}
     for r in (r for r in rows if r["table"] == "rates" and r["metric"] == metric and r["column"] != "area"):
         curves.setdefault((r["kind"], r["group"]), []).append(r)
@@ -631,15 +594,13 @@ def plot_panel(axis, groups: dict, rows: list[dict], metric: str, ablated: list,
         if kind in ("constant", "linear"):
             axis.plot([float(r["column"]) for r in points], [r["mean"] for r in points], color="grey", linewidth=.7,
                       linestyle="-" if kind == "linear" else ":", label=f"{kind} of {group}" if group else kind)
-    for name in (n for n in (*ablated, *full) if ("ours", n) in curves):
-        i, points = order.index(name), curves["ours", name]
-        rates, mean = [float(r["column"]) for r in points], np.array([r["mean"] for r in points])
-        std, style = np.array([r["std"] or 0 for r in points]), {"color": f"C{i % 10}", "label": name}
-        axis.plot(rates, mean, "-" if i < 10 else "--", marker=MARKERS[i % len(MARKERS)],
-                  linewidth=2.2 if name in full else 1, **style)
-        axis.fill_between(rates, mean - std, mean + std, alpha=.15, linewidth=0, color=style["color"])
+    for name in (n for n in names if ("ours", n) in curves):
+        points, color = curves["ours", name], styles[name]["color"]
+        rates, mean, std = np.array([(float(r["column"]), r["mean"], r["std"] or 0) for r in points]).T
+        axis.plot(rates, mean, label=name, **styles[name])
+        axis.fill_between(rates, mean - std, mean + std, alpha=.15, linewidth=0, color=color)
         for r in curves.get(("paper", name), []):
-            axis.plot(0, r["mean"], "*", color=style["color"], markersize=9, clip_on=False, label=f"{name}, paper")
+            axis.plot(0, r["mean"], "*", color=color, markersize=9, clip_on=False, label=f"{name}, paper")
     axis.fill_between([], [], [], color="grey", alpha=.15, label="band: ± one standard deviation over the seeds")
     run, source = next(iter(groups.values()))[0]["run"], next(iter(groups.values()))[0]["data"]
     axis.set(xlabel="share of frames dropped, p", ylabel=metric if metric == "MAE" else f"weighted {metric} (%)",
@@ -649,8 +610,8 @@ def plot_panel(axis, groups: dict, rows: list[dict], metric: str, ablated: list,
 def joint(model, split: dict, task: str, condition, args) -> tuple[np.ndarray, np.ndarray]:
     """Joint representations (n, width), which is what the head gets, of at most 100 clips a class, and their classes
     (n,): one emotion alone, or negative and positive."""
-    how = [condition], args.split, args.mask_seed, args.batch_size
-    (_, h, _), = predict(model, split, *how, head=torch.nn.Identity())
+    masks = [data.evaluation_masks(split["real"], condition, args.split, args.mask_seed)]
+    h, = predict(model, split, masks, args.batch_size, torch.nn.Identity())
     label = split["label"].cpu().numpy()
     kind = (np.where(label.sum(1) == 1, label.argmax(1), -1) if task == "emotions"
             else np.where(label == 0, -1, label > 0))
@@ -661,14 +622,12 @@ def joint(model, split: dict, task: str, condition, args) -> tuple[np.ndarray, n
 
 def plot_tsne(groups: list[tuple[str, Path]], args, device, cache: dict) -> None:
     """t-SNE of the joint representations of each group's first seed, half of the frames dropped and text alone."""
-    from sklearn.manifold import TSNE
-    shown = {0.5: "p = 0.5", "l": "text alone"}
-    with drawing(args.plot, len(groups), len(shown)) as axes:
+    with drawing(args.plot, len(groups), 2) as axes:
         for row, (name, folder) in zip(axes, groups):
             checkpoint, model, loaded = open_run(folder, args, device, cache)
             run = checkpoint["run"]
             kinds = data.EMOTIONS if run["task"] == "emotions" else ("negative", "positive")
-            for axis, (condition, title) in zip(row, shown.items()):
+            for axis, condition, title in zip(row, (.5, "l"), ("p = 0.5", "text alone")):
                 h, kind = joint(model, loaded[args.split], run["task"], condition, args)
                 place = TSNE(perplexity=min(30, (len(h) - 1) / 3), random_state=args.mask_seed).fit_transform(h)
                 for k in np.unique(kind):
@@ -720,51 +679,77 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
+def check_outputs(args) -> None:
+    """Whether what is asked for can be written, before the evaluation and not after it."""
+    for name in ("json", "csv", "predictions", "plot"):
+        path = vars(args)[name]
+        if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise DataError(f"--{name} {path} cannot be written: name a file in a folder that exists and is yours.")
+    if args.plot:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise DataError("--plot needs matplotlib: pip install matplotlib. All else works without it.") from None
+        known = Figure().canvas.get_supported_filetypes()
+        if args.plot.suffix[1:] not in known:
+            raise DataError(f"--plot {args.plot}: a figure's name ends in one of {', '.join(known)}.")
+
+
 def run_folders(args) -> list[Path]:
     """The run folders that are named or lie in a named folder. One that has nothing to evaluate yet is told and left
     out, unless it is the only one."""
     name, found = "results.json" if args.stored else "best.pt", {}
     for path in args.runs:
+        if path.exists() and not path.is_dir():
+            raise DataError(f"{path} is a file: name a run folder of train.py, or a folder that holds some.")
         inside = [] if (path / name).exists() else sorted(p.parent for p in path.rglob(name))
         found.update(dict.fromkeys(inside or [path]))
     ready = [p for p in found if (p / name).exists()]
-    for path in (p for p in found if p not in ready and (ready or len(found) > 1)):
+    for path in (p for p in found if p not in ready and ready):
         print(f"left out: {path} has no {name}, so it is no run or not far enough trained", file=sys.stderr)
-    if len(found) > 1 and not ready:
-        raise DataError("None of these folders is a run that has been trained.")
-    return sorted(ready) or list(found)
+    if not ready:
+        raise DataError(f"{', '.join(map(str, args.runs))}: there is no {name} in it, so no run that has been trained.")
+    return sorted(ready)
+
+
+def grouped(args, device, cache: dict, clips: list) -> tuple[list[list[dict]], dict[int, Path]]:
+    """The results of all runs, those that differ in their seed alone together, in the order of the methods; and the
+    first run's folder of each group, by the group's id."""
+    groups, folders = {}, {}
+    for folder in run_folders(args):
+        result = read_results(folder, args) if args.stored else evaluate_run(folder, args, device, cache, clips)
+        what = {**settings(result["run"]), "seed": None, "evaluated on": result["data"]["sha256"]}
+        runs = groups.setdefault(json.dumps(what), [])
+        if any(r["run"]["seed"] == result["run"]["seed"] for r in runs):
+            raise DataError(f"{folder} is a second run of the same configuration and seed: name only one of them.")
+        runs.append(result)
+        folders.setdefault(id(runs), folder)
+    order = list(METHODS)
+    return sorted(groups.values(), key=lambda g: (order.index(g[0]["run"]["method"]), g[0]["run"]["ablation"])), folders
 
 
 def main(argv=None) -> int:
-    args = parse(argv)
+    args, cache, tables, reports, clips = parse(argv), {}, {}, [], []
     try:
-        device, cache, grouped, folders, reports, clips = device_named(args.device), {}, {}, {}, [], []
-        for folder in run_folders(args):
-            result = read_results(folder, args) if args.stored else evaluate_run(folder, args, device, cache, clips)
-            what = {**settings(result["run"]), "seed": None, "evaluated on": result["data"]["sha256"]}
-            runs = grouped.setdefault(json.dumps(what), [])
-            if any(r["run"]["seed"] == result["run"]["seed"] for r in runs):
-                raise DataError(f"{folder} is a second run of the same configuration and seed: name only one of them.")
-            runs.append(result)
-            folders.setdefault(id(runs), folder)
-        order, tables = list(METHODS), {}
-        for runs in sorted(grouped.values(), key=lambda g: (order.index(g[0]["run"]["method"]), g[0]["run"]["ablation"])):
+        check_outputs(args)
+        device = device_named(args.device)
+        every, folders = grouped(args, device, cache, clips)
+        for runs in every:
             run, source = runs[0]["run"], runs[0]["data"]
             tables.setdefault((run["dataset"], run["limit"], source["sha256"] or source["file"]), []).append(runs)
         for same in tables.values():
             groups = dict(zip(names(same), same))
-            rows = tabulate(groups, args)
-            show_report(groups, rows, args)
-            reports.append((groups, rows))
+            reports.append((groups, tabulate(groups, args)))
+            show_report(*reports[-1], args)
         if args.json:
             with data.replacing(args.json) as file:
                 file.write(json.dumps([{"runs": sum(groups.values(), []), "rows": rows} for groups, rows in reports],
                                       indent=1).encode())
         if args.csv:
-            columns = list(records("", "", "", "", {"": 0})[0])
+            columns = list(records("", "", "", "", [{"": 0}])[0])
             first = [next(iter(groups.values()))[0] for groups, _ in reports]
             write_csv(args.csv, ("dataset", "synthetic", "data", *columns),
-                      [(r["run"]["dataset"], r["data"]["synthetic"], r["data"]["sha256"], *(row[c] for c in columns))
+                      [(r["run"]["dataset"], r["data"]["synthetic"], r["data"]["sha256"], *row.values())
                        for r, (_, rows) in zip(first, reports) for row in rows])
         if args.predictions:
             write_csv(args.predictions, ("run", "method", "ablation", "seed", "condition", "clip", "truth", "answer",
@@ -773,9 +758,13 @@ def main(argv=None) -> int:
             plot_tsne([(n, folders[id(g)]) for groups, _ in reports for n, g in groups.items()], args, device, cache)
         elif args.plot:
             plot_curves(reports, args.plot)
+        sys.stdout.flush()
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:         # as in `eval.py ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("\nstopped; what was evaluated is in each run's results.json", file=sys.stderr)
         return 130

@@ -9,13 +9,15 @@ best.pt (chosen on validation) and last.pt. An interrupted run goes on by the sa
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +31,7 @@ import eval as evaluation
 from data import STREAMS, DataError
 from eval import METHODS
 
-DONE = "done: "         # how a process of --jobs marks the end of what it was asked
+KEPT = {}       # what a process of --jobs keeps from run to run: its device, and the data
 
 try:
     import fcntl
@@ -70,7 +72,6 @@ def parse(argv=None) -> argparse.Namespace:
     add("--limit", type=int, metavar="N", help="only the first N clips of each split, for a quick look")
     add("--jobs", type=int, default=1, metavar="N", help="runs side by side, in N processes that share the threads and "
         "hold the data once each (default 1)")
-    add("--worker", action="store_true", help=argparse.SUPPRESS)        # how --jobs begins its processes
     add("--deterministic", action="store_true", help="let CUDA repeat every number bit for bit, as a CPU does anyway; "
         "slower")
     args = parser.parse_args(argv)
@@ -105,9 +106,13 @@ def describe(args, ablation: str, seed: int, loaded: dict) -> dict:
     return evaluation.run_record(args.method, args.dataset, ablation, seed, config, loaded, args.normalize, args.limit)
 
 
-def run_folder(args, ablation: str, seed: int, synthetic: bool) -> Path:
-    return (args.out / (args.dataset + ("-synthetic" if synthetic else ""))
-            / (args.method + (f"-{ablation}" if ablation else "")) / f"s{seed}")
+def run_name(method: str, ablation: str, seed) -> str:
+    return f"{method}{'-' if ablation else ''}{ablation}/s{seed}"
+
+
+def run_folder(args, run: dict) -> Path:
+    under = run["dataset"] + ("-synthetic" if run["data"]["synthetic"] else "")
+    return args.out / under / run_name(run["method"], run["ablation"], run["seed"])
 
 
 def machine(device: torch.device) -> dict:
@@ -120,7 +125,7 @@ def machine(device: torch.device) -> dict:
         said = ""
     name = (torch.cuda.get_device_name(device) if device.type == "cuda"
             else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
-    return {"command": f"python {' '.join(a for a in sys.argv if a != '--worker')}", "commit": said or "unknown", "device": name,
+    return {"command": f"python {' '.join(sys.argv)}", "commit": said or "unknown", "device": name,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 
 
@@ -218,7 +223,7 @@ class Clips:
         self.real = {m: r[self.index] for m, r in self.split["real"].items()}
 
     def batch(self, model, rows: torch.Tensor) -> tuple:
-        """What model.losses asks for, of the clips at these rows of self.index: two copies to the device, and no wait."""
+        """What model.losses asks for, of the clips at these rows of self.index: two copies to the device, no wait."""
         def draw(real):
             return data.training_masks(real, self.generator)
         there, = data.sent([rows], self.device)
@@ -233,9 +238,8 @@ class Clips:
         if not model.has_teacher:
             return None
         model.eval()
-        parts = []
-        for index, there in zip(self.index.split(256), self.there.split(256)):
-            parts.append(model.teacher_outputs(*data.batch(self.split, index, there)[:2]))
+        parts = [model.teacher_outputs(*data.batch(self.split, index, there)[:2])
+                 for index, there in zip(self.index.split(256), self.there.split(256))]
         return tuple(torch.cat(p) for p in zip(*parts))
 
 
@@ -244,8 +248,7 @@ def train_epoch(model, optimizer, clips: Clips, config, name: str) -> dict:
     model.train()
     order = data.batches(clips.real, torch.arange(len(clips.index)), config.batch_size, clips.generator)
     parameters, values = [p for p in model.parameters() if p.requires_grad], []
-    given = data.ahead(clips.split, (clips.batch(model, rows) for rows in order))
-    for batch in tqdm(given, desc=name, total=len(order), leave=False, disable=not sys.stderr.isatty()):
+    for batch in data.ahead(clips.split, (clips.batch(model, rows) for rows in order)):
         terms = model.losses(*batch)
         values.append(torch.stack([t.detach() for t in terms.values()]))
         optimizer.zero_grad(set_to_none=True)
@@ -261,21 +264,20 @@ def train_epoch(model, optimizer, clips: Clips, config, name: str) -> dict:
     return dict(zip(terms, (share @ values).tolist()))
 
 
-def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: dict | None) -> None:
+def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: dict | None, tell) -> None:
     """All stages of one run, from `state` (last.pt) on if there is one. A stage ends with the parameters of its best
-    epoch on validation."""
-    module, valid = METHODS[run["method"]], loaded["valid"]
-    config = module.Config(**run["config"])
+    epoch on validation. tell(line, epochs): see progress."""
+    module, fresh = METHODS[run["method"]], state is None
+    config, clips = module.Config(**run["config"]), Clips(run, loaded, device)
+    linear = evaluation.fit_linear(loaded, run["task"])
     torch.manual_seed(run["seed"])
-    fresh, clips, linear = state is None, Clips(run, loaded, device), evaluation.fit_linear(loaded, run["task"])
     if fresh:
         model = module.Model(run["dims"], run["task"], config).to(device)
         state = {"run": run, "stage": 0, "epoch": 0, "best": None, "history": []}
     else:
         model = evaluation.build(state, folder / "last.pt", device)
+        tell(f"continuing after {list(model.stages)[state['stage']]} epoch {state['epoch']}", len(state["history"]))
     stages = list(model.stages)
-    if not fresh:
-        print(f"continuing {folder} after {stages[state['stage']]} epoch {state['epoch']}", flush=True)
     for number in range(state["stage"], len(stages)):
         stage, last = stages[number], number == len(stages) - 1
         chosen_on = data.answerable(model.stages[stage], run["lacking"])
@@ -293,42 +295,42 @@ def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: di
             random_state(clips.generator, device, state["random"])
         fresh = True            # from the next stage on
         for epoch in range(state["epoch"], config.epochs):
-            began = time.perf_counter()
+            began, name = time.perf_counter(), f"{stage} {epoch + 1}/{config.epochs}"
             optimizer.param_groups[0]["lr"] = config.lr * module.learning_rate_factor(epoch)
-            losses = train_epoch(model, optimizer, clips, config, f"{stage} epoch {epoch + 1}/{config.epochs}")
-            found = evaluation.evaluate(model, run["task"], valid, sets, "valid")
-            score = evaluation.score({c: found[c] for c in chosen_on})
+            losses = train_epoch(model, optimizer, clips, config, name)
+            found = evaluation.evaluate(model, run["task"], loaded["valid"], sets, "valid")
+            judged = {c: found[c] for c in chosen_on}
+            score = evaluation.score(judged)
             better = state["best"] is None or score > state["best"]["score"]
             if better:
                 parameters = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
                 state["best"] = {"score": score, "epoch": epoch + 1, "model": parameters}
-            state["history"].append({"stage": stage, "epoch": epoch + 1, "losses": losses, "score": score, "best": better,
-                                     "valid": {c: {k: v for k, v in r.items() if k != "realised"} for c, r in found.items()}})
+            state["history"].append({"stage": stage, "epoch": epoch + 1, "losses": losses, "score": score,
+                                     "best": better, "valid": found})
             state.update(stage=number, epoch=epoch + 1, finished=last and epoch + 1 == config.epochs,
                          model=model.state_dict(), optimizer=optimizer.state_dict(),
                          random=random_state(clips.generator, device))
             save_epoch(folder, state, {"run": run, "stats": loaded["stats"], "linear": linear, "epoch": epoch + 1,
-                                  "model": state["best"]["model"]} if better and last else None)
-            print(f"{stage} {epoch + 1}/{config.epochs}  {terms_text(losses)}  {score_text(run['task'], score)}"
-                  f"{' *' if better else ''}  {time.perf_counter() - began:.1f} s", flush=True)
+                                       "model": state["best"]["model"]} if better and last else None)
+            tell(f"{name}  {terms_text(losses)}  {judged_text(judged)}{' *' if better else ''}  "
+                 f"{time.perf_counter() - began:.1f} s", 1)
         model.load_state_dict(state["best"]["model"])
         state.update(epoch=0, best=None)
 
 
-def dry(run: dict, loaded: dict, device: torch.device) -> None:
+def dry(run: dict, loaded: dict, device: torch.device, tell) -> None:
     """One batch of each stage, nothing written."""
-    module = METHODS[run["method"]]
-    model, clips = module.Model(run["dims"], run["task"], module.Config(**run["config"])).to(device), Clips(run, loaded, device)
+    module, clips = METHODS[run["method"]], Clips(run, loaded, device)
+    model = module.Model(run["dims"], run["task"], module.Config(**run["config"])).to(device).train()
     for stage in model.stages:
         model.begin(stage)
-        model.train()
         clips.generator.manual_seed(run["seed"])
         terms = model.losses(*clips.batch(model, torch.arange(min(run["config"]["batch_size"], len(clips.index)))))
         terms["total"].backward()
-        print(f"{stage}, one batch: {terms_text({k: float(v.detach()) for k, v in terms.items()})}")
+        tell(f"{stage}, one batch: {terms_text({k: v.item() for k, v in terms.items()})}")
 
 
-def adopt(run: dict, folder: Path, loaded: dict, path: Path) -> None:
+def adopt(run: dict, folder: Path, path: Path) -> None:
     """A run folder whose best.pt holds the weights of the official code's published checkpoint."""
     module = METHODS[run["method"]]
     model = module.Model(run["dims"], run["task"], module.Config(**run["config"]))
@@ -348,11 +350,21 @@ def terms_text(losses: dict) -> str:
     return " ".join(f"{k} {v:.3f}" for k, v in losses.items() if k != "scd_active")
 
 
-def score_text(task: str, score: float) -> str:
-    return f"valid MAE {-score:.4f}" if task == "regression" else f"valid F1 {score:.2f}"
+def judged_text(found: dict) -> str:
+    """The mean over the sets that a stage is chosen on. found: set -> metrics."""
+    of = "complete clips" if list(found) == ["lav"] else f"mean of {len(found)} sets"
+    numbers = [[v for c in found.values() for k, v in c.items() if k.split()[0] == metric and "has0" not in k]
+               for metric in ("loss", "MAE", "F1")]
+    loss, mae, f1 = (sum(v) / len(v) if v else None for v in numbers)
+    return f"valid, {of}: loss {loss:.4f} " + (f"F1 {f1:.2f}" if mae is None else f"MAE {mae:.4f}")
 
 
 # ---------------------------------------------------------------------------------- the program
+
+def load(args, device: torch.device) -> dict:
+    return data.load(args.dataset, args.data_dir, ("train", "valid"), device, args.normalize, synthetic=args.synthetic,
+                     limit=args.limit, features=args.features, labels=args.labels, max_frames=args.max_frames)
+
 
 def introduce(run: dict, loaded: dict, device: torch.device) -> None:
     """What is about to run, so that a log answers every later question."""
@@ -363,8 +375,8 @@ def introduce(run: dict, loaded: dict, device: torch.device) -> None:
     print(f"device: {here['device']}")
     print(f"data: {source['file']}" + (f", SHA-256 {source['sha256']}" if source["sha256"] else "")
           + f"; {sizes} training/validation clips, widths " + " ".join(f"{m} {w}" for m, w in loaded["dims"].items()))
-    compared = data.comparison(run["dataset"], run["dims"], source, module.FEATURES)[1]
-    for note in filter(None, (*source["notes"], compared)):
+    compared = data.comparison(run, source, module.FEATURES)[1]
+    for note in filter(None, (*source["notes"], compared, evaluation.unlisted(run))):
         print(f"note: {note}")
     config = module.Config(**run["config"])
     count = sum(p.numel() for p in module.Model(run["dims"], run["task"], config).parameters())
@@ -372,140 +384,129 @@ def introduce(run: dict, loaded: dict, device: torch.device) -> None:
 
 
 def closing(args, done: dict[str, list[Path]]) -> None:
-    """The seven-column validation table of the runs just made, from their folders, and the command for the test table."""
+    """The validation table of the runs just made, from their folders, and the command for the test table."""
     for ablation, folders in done.items():
         found = []
         for folder in folders:
             lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             found.append(max((h for h in lines if h["stage"] == lines[-1]["stage"]), key=lambda h: h["score"])["valid"])
-        metrics = [k for k in found[0]["lav"] if k != "n"]
-        rows = []
-        for metric in metrics:
+        run, rows = json.loads((folder / "config.json").read_text())["run"], []
+        for metric in (metrics := evaluation.measured(found[0])):
             each = [evaluation.cells("sets", f, metric) for f in found]
-            rows += evaluation.records("sets", metric, "ours", "ours", {c: [e[c] for e in each] for c in each[0]})
-        run = json.loads((folder / "config.json").read_text())["run"]
-        name = " ".join(filter(None, (args.method, ablation, "on", args.dataset, run["data"]["synthetic"] and "SYNTHETIC",
+            rows += evaluation.records("sets", metric, "ours", "ours", each)
+        name = " ".join(filter(None, (args.method, ablation, "on", args.dataset,
+                                      "SYNTHETIC" if run["data"]["synthetic"] else "",
                                       evaluation.simulation(args.method, run["dims"]))))
         print(f"\nvalidation, {name} ({evaluation.units(metrics)})")
         print(evaluation.show(rows, "sets", metrics, evaluation.TITLES, "text"))
-    folders = dict.fromkeys(str(f.parent) for folders in done.values() for f in folders)
-    print(f"\nthe test table: python eval.py {' '.join(folders)}", flush=True)
+    folders = [str(f.parent) for folders in done.values() for f in folders]
+    print(f"\nthe test table: python eval.py {os.path.commonpath(folders)}", flush=True)
 
 
-def one_run(args, ablation: str, seed: int, loaded: dict, device: torch.device) -> Path:
+@contextmanager
+def progress(total: int, name: str = "", place: int = 0):
+    """tell(line, epochs=0): print a line, and move the terminal's bar of `total` epochs on. name: of one run of several
+    side by side, which has a bar of its own at this place, and its last line in it."""
+    hidden = not sys.stderr.isatty()
+    with tqdm(total=total, desc=name, position=place, unit="epoch", leave=False, disable=hidden) as bar:
+        def tell(line: str, epochs: int = 0) -> None:
+            if name and not hidden:
+                bar.set_postfix_str(line)
+            else:
+                with tqdm.external_write_mode():
+                    print(f"{name}: {line}" if name else line, flush=True)
+            bar.update(epochs)
+        yield tell
+
+
+def epochs_of(run: dict) -> int:
+    """How many epochs a run has in all its stages."""
+    module = METHODS[run["method"]]
+    config = module.Config(**run["config"])
+    return len(module.Model(run["dims"], run["task"], config).stages) * config.epochs
+
+
+def one_run(args, run: dict, loaded: dict, device: torch.device, tell) -> Path:
     """Train one run of the plan, from where it stopped; returns its folder."""
-    run, folder = describe(args, ablation, seed, loaded), run_folder(args, ablation, seed, loaded["source"]["synthetic"])
-    print(f"\n{folder}", flush=True)
+    folder = run_folder(args, run)
+    tell(f"\n{folder}")
     if args.dry_run:
-        dry(run, loaded, device)
+        dry(run, loaded, device, tell)
         return folder
     with locked(folder):
         state = restore(folder, run, args.resume, device)
         if state and state["finished"]:
-            print("finished already", flush=True)
+            tell("finished already", len(state["history"]))
         else:
-            train(run, folder, loaded, device, state)
+            train(run, folder, loaded, device, state, tell)
     return folder
 
 
-def serve(args, loaded: dict, device: torch.device) -> None:
-    """One process of side_by_side: it trains the runs that it reads of, "seed ablation" a line."""
-    print(DONE, flush=True)
-    for line in sys.stdin:
-        seed, _, ablation = line.strip().partition(" ")
+def work(args, ablation: str, seed: int, first: bool) -> Path:
+    """One run in a process of side_by_side, which loads the data for its first one and keeps it."""
+    if not KEPT:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
+        torch.use_deterministic_algorithms(args.deterministic)
+        device = evaluation.device_named(args.device)
+        KEPT.update(device=device, loaded=load(args, device))
+    run = describe(args, ablation, seed, KEPT["loaded"])
+    if first:
+        introduce(run, KEPT["loaded"], KEPT["device"])
+    place = int(multiprocessing.current_process().name.rpartition("-")[2]) - 1
+    with progress(epochs_of(run), run_name(args.method, ablation, seed), place) as tell:
+        return one_run(args, run, KEPT["loaded"], KEPT["device"], tell)
+
+
+def side_by_side(args, plan: list) -> dict:
+    """(ablation, seed) -> folder of the runs that did not fail. `jobs` processes share the threads, load the data once
+    each and take the next run when they have done one."""
+    context, folders, told = multiprocessing.get_context("spawn"), {}, set()
+    with ProcessPoolExecutor(args.jobs, context, tqdm.set_lock, (context.RLock(),)) as pool:
+        # A stop from the keyboard is for this process, which then ends the others.
+        stopping = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        coming = {pool.submit(work, args, *one, one == plan[0]): one for one in plan}
+        signal.signal(signal.SIGINT, stopping)
         try:
-            ended = one_run(args, ablation, int(seed), loaded, device)
-        except DataError as error:
-            ended = f"error: {error}"
-        print(f"{DONE}{ended}", flush=True)
-
-
-def side_by_side(args, argv: list[str], plan: list) -> dict:
-    """(ablation, seed) -> folder of the runs that did not fail. `jobs` processes with a share of the threads load the
-    data once each and take the next run when they have done one; one progress line a process on a terminal."""
-    share = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), "PYTHONUNBUFFERED": "1"}
-    waiting, begun, folders = iter(plan), [], {}
-
-    def follow(child, name: str, line) -> str:
-        """What the child said last, when it has done what it was asked, or ended."""
-        final = ""
-        for said in child.stdout:
-            if said.startswith(DONE):
-                return said.removeprefix(DONE).strip()
-            final = said.strip() or final
-            line.set_postfix_str(final)
-            if not name and child is begun[0]:
-                print(said, end="", flush=True)         # the introduction, once
-            elif name and line.disable and " valid " in said:
-                print(f"{name}: {final}", flush=True)
-        return final if final.startswith("error: ") or child.wait() == 130 else f"error: {final}"
-
-    def work(place: int) -> None:
-        child = None
-        with tqdm(position=place, disable=not sys.stderr.isatty(), bar_format="{desc}: {postfix}") as line:
-            for ablation, seed in waiting:
-                name = f"{args.method}{'-' if ablation else ''}{ablation}/s{seed}"
-                line.set_description_str(name)
-                if child is None or child.poll() is not None:
-                    # A session of its own: a stop from the keyboard reaches it once, through this process.
-                    child = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *argv, "--worker"], env=share,
-                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                             text=True, start_new_session=True)
-                    begun.append(child)
-                    if said := follow(child, "", line):
-                        raise DataError(said.removeprefix("error: "))
-                print(seed, ablation, file=child.stdin, flush=True)
-                ended = follow(child, name, line)
-                if ended.startswith("error: "):
-                    print(f"{name} failed: {ended}", file=sys.stderr, flush=True)
-                else:
-                    folders[ablation, seed] = Path(ended)
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        try:
-            list(pool.map(work, range(args.jobs)))
+            for future in as_completed(coming):
+                try:
+                    folders[coming[future]] = future.result()
+                except (DataError, BrokenProcessPool) as error:
+                    reason = f": error: {error}" if str(error) not in told else " for the same reason"
+                    print(f"{run_name(args.method, *coming[future])} failed{reason}", file=sys.stderr, flush=True)
+                    told.add(str(error))
         except KeyboardInterrupt:
-            plan.clear()        # so that `waiting` is at its end
-            for child in begun:
-                child.send_signal(signal.SIGINT)
+            for child in multiprocessing.active_children():
+                child.terminate()
             raise
-        finally:
-            for child in begun:
-                child.stdin.close()
     return folders
 
 
 def main(argv=None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # without it CUDA's matrix products refuse
     torch.use_deterministic_algorithms(args.deterministic)
     seeds = args.seeds[:1] if args.dry_run else dict.fromkeys(args.seeds)
-    plan = [(ablation, seed) for ablation in dict.fromkeys(args.ablate) for seed in seeds]
-    count, done = len(plan), {}
+    plan, done = [(ablation, seed) for ablation in dict.fromkeys(args.ablate) for seed in seeds], {}
     try:
-        if args.jobs > 1 and count > 1 and not (args.dry_run or args.worker or args.official):
-            folders = side_by_side(args, argv, [*plan])
+        if args.jobs > 1 and len(plan) > 1 and not (args.dry_run or args.official):
+            folders = side_by_side(args, plan)
         else:
             device = evaluation.device_named(args.device)
-            loaded = data.load(args.dataset, args.data_dir, ("train", "valid"), device, args.normalize,
-                               synthetic=args.synthetic, limit=args.limit, features=args.features, labels=args.labels,
-                               max_frames=args.max_frames)
-            introduce(describe(args, *plan[0], loaded), loaded, device)
-            if args.worker:
-                serve(args, loaded, device)
-                return 0
+            loaded = load(args, device)
+            runs = [describe(args, *one, loaded) for one in ([("", "official")] if args.official else plan)]
+            introduce(runs[0], loaded, device)
             if args.official:
-                adopt(describe(args, "", "official", loaded), run_folder(args, "", "official", False), loaded, args.official)
+                adopt(runs[0], run_folder(args, runs[0]), args.official)
                 return 0
-            folders = {(ablation, seed): one_run(args, ablation, seed, loaded, device) for ablation, seed in plan}
+            with progress(sum(map(epochs_of, runs))) as tell:
+                folders = {one: one_run(args, run, loaded, device, tell) for one, run in zip(plan, runs)}
         for ablation, seed in plan:
             if (ablation, seed) in folders:
                 done.setdefault(ablation, []).append(folders[ablation, seed])
         if done and not args.dry_run:
             closing(args, done)
-        return 2 if len(folders) < count else 0
+        return 2 if len(folders) < len(plan) else 0
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

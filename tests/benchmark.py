@@ -123,7 +123,8 @@ def seven_sets(device):
 
     class Whole(torch.nn.Module):
         represent, classify, encode = model.represent, model.classify, None
-    form = lambda model: lambda: [output for _, output, _ in evaluation.predict(model, loaded["test"], list(data.SETS), "test")]
+    masks = [data.evaluation_masks(loaded["test"]["real"], c, "test") for c in data.SETS]
+    form = lambda model: lambda: evaluation.predict(model, loaded["test"], masks)
     model.eval()
     return ratio(form(Whole()), form(model), device, 7)
 
@@ -248,9 +249,27 @@ def load_memory(dtype):
     return int(done.stdout) / size
 
 
+def whole_epochs(device, limit):
+    """Seconds of a training epoch and of its validation, each method and data set with its own settings."""
+    for name in data.SIZES:
+        loaded = data.load(name, device=device, synthetic=True, limit=limit)
+        for method, module in evaluation.METHODS.items():
+            config, task = module.PAPER[name], module.TASKS[name]
+            model, clips = module.Model(DIMS, task, config).to(device), train.Clips({"task": task}, loaded, device)
+            for stage in model.stages:
+                model.begin(stage)
+                clips.fixed = clips.teacher_outputs(model)
+                optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr)
+                trained, judged = (min(seconds(work, device) for _ in range(2)) for work in (
+                    lambda: train.train_epoch(model, optimizer, clips, config, stage),
+                    lambda: evaluation.evaluate(model, task, loaded["valid"], model.stages[stage], "valid")))
+                print(f"{method} {name} {stage}: {trained:.2f} s an epoch, {judged:.2f} s its validation; five seeds of "
+                      f"{config.epochs} epochs {5 * config.epochs * (trained + judged) / 60:.0f} min", flush=True)
+
+
 MEASUREMENTS = {    # name -> (function of the device, goal or None); memory has an upper goal, written with a minus
-    "corrkd_step": (student_step, 1.8), "corrkd_epoch": (epoch_by_length, 1.8), "corrkd_seven_sets": (seven_sets, 5.0),
-    "umdf_step": (lambda device: umdf_step(device, umdf.Config.dropout), 1.5), "umdf_step_no_attention_dropout": (lambda device: umdf_step(device, 0.0), None),
+    "corrkd_step": (student_step, 2.2), "corrkd_epoch": (epoch_by_length, 1.8), "corrkd_seven_sets": (seven_sets, 5.0),
+    "umdf_step": (lambda device: umdf_step(device, umdf.Config.dropout), 1.6), "umdf_step_no_attention_dropout": (lambda device: umdf_step(device, 0.0), None),
     "rank_n_contrast": (contrast, 5.0), "double_flow_step": (double_flow_step, 1.3),
     "load_memory_float32": (lambda device: load_memory(np.float32), -1.3), "load_memory_float64": (lambda device: load_memory(np.float64), -1.3),
 }
@@ -259,8 +278,10 @@ MEASUREMENTS = {    # name -> (function of the device, goal or None); memory has
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit 1 where a goal is missed")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
+    parser.add_argument("--device", default="cpu", help="on cuda the seconds of whole epochs follow")
+    parser.add_argument("--epochs", action="store_true", help="seconds of whole epochs on a CPU too (half an hour)")
+    parser.add_argument("--limit", type=int, help="of the whole epochs: the first clips of each split alone")
+    parser.add_argument("--only", nargs="*", choices=MEASUREMENTS, default=list(MEASUREMENTS))
     args = parser.parse_args()
     device, missed = evaluation.device_named(args.device), 0
     torch.set_num_threads(2)
@@ -271,6 +292,8 @@ def main():
         got = work(device)
         missed += goal is not None and (got < goal if goal > 0 else got > -goal)
         print(f"{name} {got:.2f}x" + ("" if goal is None else f" (goal {goal}x)" if goal > 0 else f" (goal at most {-goal}x)"), flush=True)
+    if args.epochs or device.type == "cuda":
+        whole_epochs(device, args.limit)
     return 1 if args.check and missed else 0
 
 

@@ -280,3 +280,13 @@ def test_the_pretended_device_refuses_what_cuda_refuses(cuda):
     assert counted["waits"] == 6 and counted["copies"] == 1
     here.pin_memory().to("cuda", non_blocking=True)
     assert counted["waits"] == 6 and counted["copies"] == 2
+
+
+def test_the_benchmark_measures_whole_epochs_there(cuda, capsys, monkeypatch):
+    import benchmark
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(data, "SIZES", dict.fromkeys(data.SIZES, (6, 6, 6)))
+    monkeypatch.setattr(benchmark.sys, "argv", ["benchmark.py", "--device", "cuda", "--only"])
+    assert benchmark.main() == 0
+    said = capsys.readouterr().out
+    assert "a pretended GPU" in said and said.count("s an epoch") == 12

@@ -526,7 +526,8 @@ def test_neither_the_evaluations_batches_nor_the_threads_matter(tmp_path, method
             if k not in ("n", "realised"):
                 assert ends[1][0][condition][k] == pytest.approx(v, abs=1e-4, nan_ok=True), (condition, k)
     run_, model, loaded = evaluation.open_run(folder, evaluation.parse([str(folder)]), torch.device("cpu"), {})
-    outputs = [[o for _, o, _ in evaluation.predict(model, loaded["test"], ["lav", "a", .5], "test", 0, size)] for size in (1, 7, 256)]
+    masks = [data.evaluation_masks(loaded["test"]["real"], c, "test") for c in ("lav", "a", .5)]
+    outputs = [evaluation.predict(model, loaded["test"], masks, size) for size in (1, 7, 256)]
     for condition in zip(*outputs):
         assert all((o - condition[0]).abs().max() <= 1e-6 for o in condition)
 
