@@ -1,23 +1,22 @@
 """CorrKD: Correlation-Decoupled Knowledge Distillation for Multimodal Sentiment Analysis with
 Incomplete Modalities. Li et al., CVPR 2024, pp. 12458-12468, https://arxiv.org/abs/2404.16456
 
-A teacher is trained on complete clips and frozen. A student of the same architecture then sees copies of
-the clips with frames and whole streams missing, and learns from the labels and from the teacher: to place
-each clip where the teacher places it and away from other clips (SCD), to stand to the class prototypes as
-the teacher does (CPD), and to answer in agreement with it, target class and other classes apart (RCD).
-At test time the student works alone. No official code was found.
+A teacher is trained on complete clips and frozen. A student of the same architecture then sees copies of the clips with
+frames and whole streams missing, and learns from the labels and from the teacher: to place each clip where the teacher
+places it and away from other clips (SCD), to stand to the class prototypes as the teacher does (CPD), and to answer in
+agreement with it, target class and other classes apart (RCD). At test time the student works alone. No official code
+was found.
 
-Notation: m in {text, audio, vision}; N clips, T frames, d = 40, C classes; superscripts t, s = teacher,
-student; sp(z) = log(1 + exp(z)). Marked (*): our choice, because the paper is silent or cannot be literal.
-Marked (~): the form as others quote it, or as the group's next paper prints it (HRLF, NeurIPS 2024); the paper
-states the idea in words that we know, the exact form was not checked against its text.
+Notation: m in {text, audio, vision}; N clips, T frames, d = 40, C classes; superscripts t, s = teacher, student;
+sp(z) = log(1 + exp(z)). Marked (*): our choice, because the paper is silent or cannot be literal. Marked (~): the form
+as others quote it, or as the group's next paper prints it (HRLF, NeurIPS 2024); not checked against this paper's text.
 
   (1) F_m = sqrt(d) Conv1d_k3(X_m) + PE(T_m, d),  E_m = Transformer(F_m)                        Encoder
       (*) no bias, depth, FFN 4d, pre-LayerNorm, dropout .1 outside attention, sqrt(d), padding masked
   (2) H = [GAP(E_text); GAP(E_audio); GAP(E_vision)]  in R^3d                                   Network.represent
   (3) f = W H + b,  R = softmax(f)  (*) one linear layer                                        Network.forward
   (4) SCD = mean_i |H_i^s - H_i^t|^2 + mean_{i != j} max(0, eta - |H_i^s - H_j^t|)^2            sample_contrastive
-      (~) (*) means instead of sums; H on the unit sphere, where the published margins mean something
+      (~) (*) means instead of sums; H is brought to unit length first: the published margins mean something there
   (5) c_k = mean of H_i over class k in the batch,  M_k(i) = cos(H_i, c_k)  (~)                 prototype_consistency
   (6) CPD = 1/(N K) sum_i sum_k (M_k^s(i) - M_k^t(i))^2,  K = classes in the batch (~)(*)       prototype_consistency
   (7) U = [R_y],  V = [R_c for c != y]  (*) not renormalised                              CorrKD.response_consistency
@@ -26,17 +25,23 @@ states the idea in words that we know, the exact form was not checked against it
   (9) RCD = -I_1(U^t, U^s) - I_2(V^t, V^s)                                                CorrKD.response_consistency
   (10) total = CE(R^s, y) + SCD + CPD + RCD                                                     CorrKD.losses
 
-Use in another code base (this file needs torch alone):
+Use in another code base (this file needs torch alone), as train.py trains it:
 
     model = CorrKD({"text": 300, "audio": 74, "vision": 35}, "polarity")
     for stage in model.stages:                                  # "teacher", then "student"
         model.begin(stage)
-        optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-3)
-        for complete, missing, target, real in batches:         # complete, missing: {"text": (B, T, 300), ...}
-            optimizer.zero_grad()                               # missing: the same clips, dropped frames zeroed
-            model.losses(complete, missing, target, real)["total"].backward()   # target (B,): 0 or 1
-            optimizer.step()                                    # real: {"text": (B, T), ...} or None
+        learning = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(learning, lr=model.config.lr)
+        for complete, missing, target, real in batches:         # for config.epochs epochs
+            optimizer.zero_grad()
+            model.losses(complete, missing, target, real)["total"].backward()
+            torch.nn.utils.clip_grad_norm_(learning, model.config.clip)
+            optimizer.step()
+        # train.py goes on with the mean of the weights after each of the stage's last five epochs
     logits = model.eval()(text, audio, vision, real)            # (B, 2)
+
+complete, missing: {"text": (B, T, 300), ...}, the same clips whole and with dropped frames zeroed; target (B,): 0 or 1;
+real: {"text": torch.arange(T) < lengths[:, None], ...}, True = not padding, or None: then padding counts as frames.
 """
 import math
 from dataclasses import dataclass
@@ -200,6 +205,8 @@ class Network(nn.Module):
 
     def represent(self, streams: dict[str, Tensor], real: dict[str, Tensor] | None) -> Tensor:
         """(2): streams m -> (B, T_m, d_m), real m -> (B, T_m) bool or None; returns H (B, 3d)."""
+        if lacking := [m for m in STREAMS if m not in streams]:
+            raise ValueError(f"no {' and no '.join(lacking)} among the streams: a missing one is given as zeros")
         return torch.cat([self.encoders[m](streams[m], real and real[m]) for m in STREAMS], dim=-1)
 
     def forward(self, streams: dict[str, Tensor], real: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -208,13 +215,15 @@ class Network(nn.Module):
         return h, self.classifier(h)
 
 
-def sample_contrastive(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
+def sample_contrastive(student: Tensor, teacher: Tensor, margin: float, normalize: bool = True) -> Tensor:
     """SCD, (4): mean_i |s_i - t_i|^2 + mean over pairs i != j of max(0, margin - |s_i - t_j|)^2.
 
-    student, teacher (N, D), compared as they are given: bring them to unit length first if the margin is
-    meant on the unit sphere. With N = 1 there is no negative pair. The gradient is finite at distance 0.
+    student, teacher (N, D); they are brought to unit length first, unless normalize is False. With N = 1 there is no
+    negative pair. The gradient is finite at distance 0.
     """
     n = len(student)
+    if normalize:
+        student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     positive = (student - teacher).square().sum(-1).mean()
     if n == 1:
         return positive
@@ -225,9 +234,12 @@ def sample_contrastive(student: Tensor, teacher: Tensor, margin: float) -> Tenso
     return positive + inside.sum() / (n * (n - 1))
 
 
-def active_negatives(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
+@torch.no_grad()
+def active_negatives(student: Tensor, teacher: Tensor, margin: float, normalize: bool = True) -> Tensor:
     """The share of pairs i != j that lie inside SCD's margin, the only ones whose second term pushes."""
     n = len(student)
+    if normalize:
+        student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     inside = torch.cdist(student, teacher) < margin
     return (inside.sum() - inside.diagonal().sum()) / max(1, n * (n - 1))
 
@@ -268,9 +280,8 @@ class CorrKD(nn.Module):
     """Teacher, student and the two critics of (8).
 
     dims: feature width of text, audio and vision. task: "polarity" (logits (B, 2), class 1 = positive) or
-    "emotions" (logits (B, 4, 2), four yes/no decisions). Train the stages in the order of `stages`, each
-    after `begin(stage)`; the sets beside a stage's name are those that its best epoch is chosen on: a teacher
-    that will be distilled, on the complete clips that it will see.
+    "emotions" (logits (B, 4, 2), four yes/no decisions). Train the stages in the order of `stages`, each after
+    `begin(stage)`; beside a stage's name stand the sets of streams that it is about: a teacher sees complete clips.
     """
 
     def __init__(self, dims: dict[str, int], task: str, config: Config | None = None):
@@ -351,15 +362,16 @@ class CorrKD(nn.Module):
         c = self.config
         h, f = self.network(missing if self.sees_missing else complete, real)
         f, y = f.unflatten(-1, (-1, 2)), target.reshape(len(target), -1)            # (B, G, 2), (B, G)
+        if y.shape != f.shape[:2]:
+            raise ValueError(f"target has shape {tuple(target.shape)}; these clips ask for {tuple(f.shape[:2])}")
         terms = {"task": F.cross_entropy(f.flatten(0, 1), y.flatten())}
         if not self.has_teacher:
             return {**terms, "total": terms["task"]}
         h_t, f_t = teacher or self.teacher_outputs(complete, real)
         f_t = f_t.unflatten(-1, (-1, 2))
         if c.scd:
-            s, t = (h, h_t) if c.scd_raw else (F.normalize(h, dim=-1), F.normalize(h_t, dim=-1))
-            terms["scd"] = sample_contrastive(s, t, c.margin)
-            terms["scd_active"] = active_negatives(s.detach(), t, c.margin)
+            terms["scd"] = sample_contrastive(h, h_t, c.margin, not c.scd_raw)
+            terms["scd_active"] = active_negatives(h, h_t, c.margin, not c.scd_raw)
         if c.cpd:
             terms["cpd"] = torch.stack([prototype_consistency(h, h_t, g, 2) for g in y.T]).mean()
         if c.rcd:

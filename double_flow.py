@@ -38,16 +38,22 @@ flow; sg = no gradient; MLP(x, y) = Linear to x, ReLU, dropout .3, Linear to y, 
 Where no simulated text is at hand, a linear map of each audio frame into the text's width, learned with the missing
 flow, stands in for the language model (*). Padding is left out of (2) and (8) where masks are given (*).
 
-Use in another code base (this file needs torch alone):
+Use in another code base (this file needs torch alone), as train.py trains it:
 
     model = DoubleFlow({"text": 300, "audio": 74, "vision": 35}, "regression")
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, weight_decay=1e-5)
-    for complete, target, real in batches:                      # complete: {"text": (B, T, 300), ...}
-        optimizer.zero_grad()                                   # target (B,): sentiment
-        model.losses(complete, None, target, real)["total"].backward()          # real: {"text": (B, T), ...} or None
-        optimizer.step()
+    optimizer = torch.optim.Adam(model.parameters(), lr=model.config.lr, weight_decay=model.config.weight_decay)
+    for epoch in range(model.config.epochs):
+        optimizer.param_groups[0]["lr"] = model.config.lr * learning_rate_factor(epoch)
+        for complete, target, real in batches:
+            optimizer.zero_grad()
+            model.losses(complete, None, target, real)["total"].backward()      # None: no clips with dropped frames
+            optimizer.step()
+    # train.py takes the mean of the weights after each of the last five epochs
     sentiment = model.eval()(text, audio, vision, real)         # (B, 1); a clip whose text is all zeros takes
                                                                 # the missing flow
+complete: {"text": (B, T, 300), ...}, and where the model was built with dims["simulated_text"] also "simulated_text",
+(B, T, 300), which forward takes as its last argument; target (B,): sentiment; real: {"text": torch.arange(T) <
+lengths[:, None], ...}, True = not padding, or None: then padding counts as frames.
 """
 from dataclasses import dataclass
 
@@ -230,8 +236,8 @@ def stack(first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | No
 
 class DoubleFlow(nn.Module):
     """dims: feature width of text, audio and vision, and of simulated_text where the data carries it. task:
-    "regression" (one score) or "emotions" (four yes/no decisions). There is one stage; its best epoch is chosen on the
-    sets beside its name, one for each flow."""
+    "regression" (one score) or "emotions" (four yes/no decisions). There is one stage, about the sets of streams
+    beside its name, one for each flow."""
 
     stages = {"train": tuple(TABLE)}
     sees_missing, has_teacher = False, False    # the missing flow is its own
@@ -341,7 +347,12 @@ class DoubleFlow(nn.Module):
         regression, classes (B, 4) of 0 and 1 for emotions. missing, clips with dropped frames, and teacher are not
         used: the method's own missing flow is the complete clip with its text replaced.
         """
+        if lacking := [m for m in STREAMS if m not in complete]:
+            raise ValueError(f"no {' and no '.join(lacking)} among the streams: a missing one is given as zeros")
         c, n = self.config, len(target)
+        truth, asked = target.reshape(n, -1), (len(complete["text"]), 1 if self.task == "regression" else 4)
+        if truth.shape != asked:
+            raise ValueError(f"target has shape {tuple(target.shape)}; these clips ask for {asked}")
         text, text_real = stack((complete["text"], real and real["text"]), self.simulated(complete, real))
         audio, vision = (torch.cat((complete[m], complete[m])) for m in ("audio", "vision"))
         masks = {m: real and torch.cat((real[m], real[m])) for m in ("audio", "vision")}
@@ -351,8 +362,8 @@ class DoubleFlow(nn.Module):
 
         def task(y: Tensor) -> Tensor:
             if self.task == "regression":
-                return F.mse_loss(y[:, 0], target)
-            return F.cross_entropy(y.flatten(0, 1), target.flatten())
+                return F.mse_loss(y, truth)
+            return F.cross_entropy(y.flatten(0, 1), truth.flatten())
         terms = {"task_complete": task(full["prediction"]), "task_missing": task(simulated["prediction"])}
         if c.w3:
             terms["q_text"] = rmse(simulated["q_text"], full["q_text"].detach())
@@ -361,7 +372,7 @@ class DoubleFlow(nn.Module):
         if c.w5:
             terms["h"] = rmse(simulated["h"], full["h"])
         if c.w6:
-            terms["rnc"] = rank_n_contrast(out["g"], torch.cat((target, target)), c.temperature)
+            terms["rnc"] = rank_n_contrast(out["g"], torch.cat((truth, truth)), c.temperature)
         weights = {"task_complete": c.w1, "task_missing": c.w2, "q_text": c.w3, "c_text": c.w4, "h": c.w5, "rnc": c.w6}
         terms["total"] = sum(weights[name] * term for name, term in terms.items())                  # (14)
         return terms

@@ -41,7 +41,7 @@ METHODS = {name: importlib.import_module(name) for name in ("umdf", "corrkd", "d
 #   TABLE             column -> title where the paper's table is not that of the seven sets, else {}
 #   learning_rate_factor(epoch) -> what lr is multiplied by in epoch 0, 1, ...
 #   Model(dims, task, config), an nn.Module with
-#     stages                                    stage -> the sets of streams on which its best epoch is chosen
+#     stages                                    stage -> the sets of streams that it is about
 #     begin(stage)                              before each stage, in the order of `stages`
 #     sees_missing, has_teacher                 whether this stage's losses read the missing copies, a frozen teacher
 #     teacher_outputs(complete, real)           -> tensors, a row a clip, constant in a stage that has_teacher; or None
@@ -149,16 +149,14 @@ def predict(model, split: dict, masks: list[dict], size: int = 256, head=None) -
 def evaluate(model, task: str, split: dict, conditions, name: str, mask_seed: int = 0, size: int = 256,
              clips: list | None = None) -> dict:
     """For each condition (a set like "la", or a rate of dropped frames): {"n": clips that count, "realised": dropped
-    shares, "loss": the task's, metric: value}. clips: a list that gets each clip's answer, (condition, position in the
+    shares, metric: value}. clips: a list that gets each clip's answer, (condition, position in the
     split, truth, answer, probability of class 1 or None)."""
     (index, truth), result = (x.cpu() for x in targets(split["label"], task)), {}
     masks = [data.evaluation_masks(split["real"], c, name, mask_seed) for c in conditions]
     for condition, present, output in zip(map(str, conditions), masks, predict(model, split, masks, size)):
         output = output.cpu()[index]
         answer = output[:, 0] if task == "regression" else output.argmax(-1)
-        loss = (torch.nn.functional.mse_loss(answer, truth) if task == "regression" else
-                torch.nn.functional.cross_entropy(output.reshape(-1, 2), truth.flatten()))
-        result[condition] = {"n": len(truth), "realised": data.realised(present, split["real"]), "loss": loss.item(),
+        result[condition] = {"n": len(truth), "realised": data.realised(present, split["real"]),
                              **metrics(task, answer.numpy(), truth.numpy())}
         if clips is not None:
             chance = [None] * len(truth) if task == "regression" else output.softmax(-1)[..., 1].tolist()
@@ -167,8 +165,11 @@ def evaluate(model, task: str, split: dict, conditions, name: str, mask_seed: in
 
 
 def score(result: dict) -> float:
-    """What selects a checkpoint, the more the better: minus the task's loss, in the mean over the conditions."""
-    return -statistics.fmean(c["loss"] for c in result.values())
+    """One number for results, the more the better: the mean over the conditions of -MAE for a regression, else of F1
+    (over the emotions too)."""
+    if "MAE" in next(iter(result.values())):
+        return -statistics.fmean(c["MAE"] for c in result.values())
+    return statistics.fmean(v for c in result.values() for k, v in c.items() if k in MAIN)
 
 
 class Linear(torch.nn.Module):
@@ -220,7 +221,7 @@ def fit_linear(loaded: dict, task: str) -> dict | None:
 
 def run_record(method: str, dataset: str, ablation: str, seed, config, loaded: dict, normalize: bool,
                limit: int | None) -> dict:
-    """What a run is: one dict, which stands as "run" in config.json, best.pt, last.pt and results.json."""
+    """What a run is: one dict, which stands as "run" in config.json, model.pt, last.pt and results.json."""
     task = METHODS[method].TASKS[dataset]
     return {"format": FORMAT, "method": method, "dataset": dataset, "task": task, "ablation": ablation, "seed": seed,
             "limit": limit, "normalize": normalize, "dims": loaded["dims"], "lacking": loaded["lacking"],
@@ -296,7 +297,7 @@ def conditions(args, lacking: list[str]) -> list:
 
 def open_run(folder: Path, args, device, cache: dict) -> tuple[dict, torch.nn.Module, dict]:
     """A run's checkpoint, its model, and the asked split as the run wants it."""
-    path = folder / "best.pt"
+    path = folder / "model.pt"
     checkpoint = read_checkpoint(path, ("model", "stats", "linear", "epoch"), device)
     model, run = build(checkpoint, path, device), checkpoint["run"]
     where = dict(run["data"]["arguments"])
@@ -328,10 +329,10 @@ def evaluate_run(folder: Path, args, device, cache: dict, clips: list) -> dict:
     always = metrics(run["task"], np.broadcast_to(np.array(run["constant"]), truth.shape), truth)
     result = {"run": run, "split": args.split, "mask_seed": args.mask_seed, "data": loaded["source"],
               "conditions": found, "constant": dict.fromkeys(found, always), "linear": linear,
-              "epoch": checkpoint["epoch"], "epochs_run": None, "checkpoint_sha256": data.sha256(folder / "best.pt")}
+              "epoch": checkpoint["epoch"], "epochs_run": None, "checkpoint_sha256": data.sha256(folder / "model.pt")}
     clips += [(folder, run["method"], run["ablation"], run["seed"], c, split["id"][i] if split["id"] else i, *rest)
               for c, i, *rest in answered]
-    if log.exists():        # best.pt is of the last stage
+    if log.exists():        # model.pt is of the last stage
         with data.told(log, "The same train.py command writes it again."):
             stages = [json.loads(line)["stage"] for line in log.read_text().splitlines()]
             result["epochs_run"] = stages.count(stages[-1])
@@ -351,8 +352,8 @@ def read_results(folder: Path, args) -> dict:
                  if result[k] != v]
         wrong += [f"no condition {c}" for c in conditions(args, result["run"]["lacking"])
                   if str(c) not in result["conditions"]][:1]
-    if (folder / "best.pt").exists() and data.sha256(folder / "best.pt") != result["checkpoint_sha256"]:
-        wrong.append("another checkpoint than the best.pt beside it")
+    if (folder / "model.pt").exists() and data.sha256(folder / "model.pt") != result["checkpoint_sha256"]:
+        wrong.append("another checkpoint than the model.pt beside it")
     if wrong:
         raise DataError(f"{path} has {', '.join(wrong)}. Leave --stored out to evaluate the run again.")
     return result
@@ -375,7 +376,7 @@ def names(groups: list) -> list[str]:
 
 def measured(found: dict) -> list[str]:
     """The metrics of results; found: condition -> what was measured."""
-    return [k for k in next(iter(found.values())) if k not in ("n", "realised", "loss")]
+    return [k for k in next(iter(found.values())) if k not in ("n", "realised")]
 
 
 def cells(table: str, found: dict, metric: str, rates=()) -> dict[str, float]:
@@ -698,7 +699,7 @@ def check_outputs(args) -> None:
 def run_folders(args) -> list[Path]:
     """The run folders that are named or lie in a named folder. One that has nothing to evaluate yet is told and left
     out, unless it is the only one."""
-    name, found = "results.json" if args.stored else "best.pt", {}
+    name, found = "results.json" if args.stored else "model.pt", {}
     for path in args.runs:
         if path.exists() and not path.is_dir():
             raise DataError(f"{path} is a file: name a run folder of train.py, or a folder that holds some.")

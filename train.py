@@ -4,7 +4,8 @@
     python train.py --method corrkd --dataset mosei --synthetic         made-up data, nothing to download
 
 A run is runs/<dataset>[-synthetic]/<method>[-<ablation>]/s<seed>/ with config.json, log.jsonl (one line an epoch),
-best.pt (chosen on validation) and last.pt. An interrupted run goes on by the same command, to the same numbers.
+model.pt (the mean of the weights after each of the last five epochs) and last.pt. An interrupted run goes on by the same
+command, to the same numbers.
 """
 import argparse
 import io
@@ -31,6 +32,7 @@ import eval as evaluation
 from data import STREAMS, DataError
 from eval import METHODS
 
+AVERAGED = 5    # epochs whose weights are averaged: our choice, see the README
 KEPT = {}       # what a process of --jobs keeps from run to run: its device, and the data
 
 try:
@@ -160,11 +162,11 @@ def save(path: Path, content: dict) -> None:
         file.write(buffer.getvalue())
 
 
-def save_epoch(folder: Path, state: dict, best: dict | None) -> None:
-    """last.pt, all that the next epoch depends on, which alone decides where a run goes on. best.pt, if there is a new
-    one, goes before it and the log after it, which is always the history of last.pt."""
-    if best:
-        save(folder / "best.pt", best)
+def save_epoch(folder: Path, state: dict, answer: dict | None) -> None:
+    """last.pt, all that the next epoch depends on, which alone decides where a run goes on. model.pt, from the last stage
+    on, goes before it and the log after it, which is always the history of last.pt."""
+    if answer:
+        save(folder / "model.pt", answer)
     save(folder / "last.pt", state)
     write_log(folder, state)
 
@@ -177,9 +179,9 @@ def write_log(folder: Path, state: dict) -> None:
 def restore(folder: Path, run: dict, resume: bool, device: torch.device) -> dict | None:
     """last.pt of a folder that holds this very run, None where there is nothing to go on from."""
     if not resume:
-        for name in ("config.json", "last.pt", "best.pt", "log.jsonl", "results.json"):
+        for name in ("config.json", "last.pt", "model.pt", "log.jsonl", "results.json"):
             (folder / name).unlink(missing_ok=True)
-    for name in ("config.json", "last.pt", "best.pt", "log.jsonl"):     # what a killed process left half-written
+    for name in ("config.json", "last.pt", "model.pt", "log.jsonl"):     # what a killed process left half-written
         for left in folder.glob(f"{name}.*.tmp"):
             left.unlink()
     path = folder / "config.json"
@@ -191,7 +193,7 @@ def restore(folder: Path, run: dict, resume: bool, device: torch.device) -> dict
             return None
         with data.told(path, "It is damaged, or of another version of train.py: start over with --no-resume."):
             found = json.loads(path.read_text()) if path.suffix == ".json" else evaluation.read_checkpoint(
-                path, ("model", "finished", "stage", "epoch", "best", "history", "optimizer", "random"))
+                path, ("model", "finished", "stage", "epoch", "recent", "history", "optimizer", "random"))
             differ = evaluation.differences(run, found["run"])
         if differ:
             raise DataError(f"{folder} holds a run of another configuration (differs in {', '.join(differ)}). "
@@ -265,32 +267,32 @@ def train_epoch(model, optimizer, clips: Clips, config, name: str) -> dict:
 
 
 def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: dict | None, tell) -> None:
-    """All stages of one run, from `state` (last.pt) on if there is one. A stage ends with the parameters of its best
-    epoch on validation. tell(line, epochs): see progress."""
+    """All stages of one run, from `state` (last.pt) on if there is one. After each epoch the mean of the weights of the
+    last few is measured on validation; a stage ends with it. tell(line, epochs): see progress."""
     module, fresh = METHODS[run["method"]], state is None
     config, clips = module.Config(**run["config"]), Clips(run, loaded, device)
     linear = evaluation.fit_linear(loaded, run["task"])
     torch.manual_seed(run["seed"])
     if fresh:
         model = module.Model(run["dims"], run["task"], config).to(device)
-        state = {"run": run, "stage": 0, "epoch": 0, "best": None, "history": []}
+        state = {"run": run, "stage": 0, "epoch": 0, "recent": [], "history": []}
     else:
         model = evaluation.build(state, folder / "last.pt", device)
         tell(f"continuing after {list(model.stages)[state['stage']]} epoch {state['epoch']}", len(state["history"]))
     stages = list(model.stages)
     for number in range(state["stage"], len(stages)):
         stage, last = stages[number], number == len(stages) - 1
-        chosen_on = data.answerable(model.stages[stage], run["lacking"])
-        sets = data.answerable(data.SETS, run["lacking"]) if last else chosen_on
+        sets = data.answerable(data.SETS if last else model.stages[stage], run["lacking"])
         model.begin(stage)
+        learning = {k: p for k, p in model.named_parameters() if p.requires_grad}
         if fresh:
             # Counted from the end: the last stage of every ablation sees the same masks and batches.
             torch.manual_seed(run["seed"] + len(stages) - 1 - number)
             clips.generator.manual_seed(run["seed"] + len(stages) - 1 - number)
         clips.fixed = clips.teacher_outputs(model)
-        optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=config.lr,
-                                     weight_decay=config.weight_decay)
+        optimizer = torch.optim.Adam(learning.values(), lr=config.lr, weight_decay=config.weight_decay)
         if not fresh:
+            model.load_state_dict(state["recent"][-1], strict=False)
             optimizer.load_state_dict(state["optimizer"])
             random_state(clips.generator, device, state["random"])
         fresh = True            # from the next stage on
@@ -298,24 +300,21 @@ def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: di
             began, name = time.perf_counter(), f"{stage} {epoch + 1}/{config.epochs}"
             optimizer.param_groups[0]["lr"] = config.lr * module.learning_rate_factor(epoch)
             losses = train_epoch(model, optimizer, clips, config, name)
+            recent = [*state["recent"], {k: p.detach().to("cpu", copy=True) for k, p in learning.items()}]
+            recent = recent[-AVERAGED:]
+            model.load_state_dict(averaged(recent), strict=False)
             found = evaluation.evaluate(model, run["task"], loaded["valid"], sets, "valid")
-            judged = {c: found[c] for c in chosen_on}
-            score = evaluation.score(judged)
-            better = state["best"] is None or score > state["best"]["score"]
-            if better:
-                parameters = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-                state["best"] = {"score": score, "epoch": epoch + 1, "model": parameters}
-            state["history"].append({"stage": stage, "epoch": epoch + 1, "losses": losses, "score": score,
-                                     "best": better, "valid": found})
-            state.update(stage=number, epoch=epoch + 1, finished=last and epoch + 1 == config.epochs,
+            state["history"].append({"stage": stage, "epoch": epoch + 1, "losses": losses, "valid": found})
+            state.update(stage=number, epoch=epoch + 1, finished=last and epoch + 1 == config.epochs, recent=recent,
                          model=model.state_dict(), optimizer=optimizer.state_dict(),
                          random=random_state(clips.generator, device))
-            save_epoch(folder, state, {"run": run, "stats": loaded["stats"], "linear": linear, "epoch": epoch + 1,
-                                       "model": state["best"]["model"]} if better and last else None)
-            tell(f"{name}  {terms_text(losses)}  {judged_text(judged)}{' *' if better else ''}  "
+            answer = {"run": run, "stats": loaded["stats"], "linear": linear, "epoch": epoch + 1, "model": state["model"]}
+            save_epoch(folder, state, answer if last else None)
+            tell(f"{name}  {terms_text(losses)}  {valid_text(found, model.stages[stage])}  "
                  f"{time.perf_counter() - began:.1f} s", 1)
-        model.load_state_dict(state["best"]["model"])
-        state.update(epoch=0, best=None)
+            model.load_state_dict(recent[-1], strict=False)
+        model.load_state_dict(averaged(state["recent"]), strict=False)
+        state.update(epoch=0, recent=[])
 
 
 def dry(run: dict, loaded: dict, device: torch.device, tell) -> None:
@@ -331,7 +330,7 @@ def dry(run: dict, loaded: dict, device: torch.device, tell) -> None:
 
 
 def adopt(run: dict, folder: Path, path: Path) -> None:
-    """A run folder whose best.pt holds the weights of the official code's published checkpoint."""
+    """A run folder whose model.pt holds the weights of the official code's published checkpoint."""
     module = METHODS[run["method"]]
     model = module.Model(run["dims"], run["task"], module.Config(**run["config"]))
     with data.told(f"--official {path}", "It is damaged, or not the published checkpoint."):
@@ -341,22 +340,25 @@ def adopt(run: dict, folder: Path, path: Path) -> None:
         except ValueError as error:
             raise DataError(f"--official {path}: {error}.") from None
     with locked(folder):
-        best = {"run": run, "stats": None, "linear": None, "epoch": None, "model": model.state_dict()}
-        save(folder / "best.pt", best)
+        answer = {"run": run, "stats": None, "linear": None, "epoch": None, "model": model.state_dict()}
+        save(folder / "model.pt", answer)
     print(f"{folder} holds the weights of {path}; evaluate it: python eval.py {folder}")
+
+
+def averaged(states: list[dict]) -> dict:
+    return {k: torch.stack([s[k] for s in states]).mean(0) for k in states[0]}
 
 
 def terms_text(losses: dict) -> str:
     return " ".join(f"{k} {v:.3f}" for k, v in losses.items() if k != "scd_active")
 
 
-def judged_text(found: dict) -> str:
-    """The mean over the sets that a stage is chosen on. found: set -> metrics."""
+def valid_text(found: dict, sets) -> str:
+    """The mean over the sets of streams that a stage is about, as far as the data has them. found: set -> metrics."""
+    found = {c: v for c, v in found.items() if c in sets}
     of = "complete clips" if list(found) == ["lav"] else f"mean of {len(found)} sets"
-    numbers = [[v for c in found.values() for k, v in c.items() if k.split()[0] == metric and "has0" not in k]
-               for metric in ("loss", "MAE", "F1")]
-    loss, mae, f1 = (sum(v) / len(v) if v else None for v in numbers)
-    return f"valid, {of}: loss {loss:.4f} " + (f"F1 {f1:.2f}" if mae is None else f"MAE {mae:.4f}")
+    score = evaluation.score(found)
+    return f"valid, {of}: " + (f"MAE {-score:.4f}" if "MAE" in found["lav"] else f"F1 {score:.2f}")
 
 
 # ---------------------------------------------------------------------------------- the program
@@ -389,7 +391,7 @@ def closing(args, done: dict[str, list[Path]]) -> None:
         found = []
         for folder in folders:
             lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            found.append(max((h for h in lines if h["stage"] == lines[-1]["stage"]), key=lambda h: h["score"])["valid"])
+            found.append(lines[-1]["valid"])
         run, rows = json.loads((folder / "config.json").read_text())["run"], []
         for metric in (metrics := evaluation.measured(found[0])):
             each = [evaluation.cells("sets", f, metric) for f in found]

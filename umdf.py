@@ -34,15 +34,20 @@ pass; s = sigmoid; * = product of elements. Attention and means leave padding ou
       D(t, s): (t - s)^2 for regression, KL(softmax t || softmax s) for classification
   (10) total = task(y^c) + task(y^m) + rep + resp,  task: squared error or cross-entropy        UMDF.losses
 
-Use in another code base (this file needs torch alone):
+Use in another code base (this file needs torch alone), as train.py trains it:
 
-    model = UMDF({"text": 300, "audio": 74, "vision": 35}, "regression")
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for complete, missing, target, real in batches:             # complete, missing: {"text": (B, T, 300), ...}
-        optimizer.zero_grad()                                   # missing: the same clips, dropped frames zeroed
-        model.losses(complete, missing, target, real)["total"].backward()       # target (B,): sentiment
-        optimizer.step()                                        # real: {"text": (B, T), ...} or None
-    sentiment = model.eval()(text, audio, vision, real)         # (B, 1); unaligned: Config(aligned=False)
+    model = UMDF({"text": 300, "audio": 74, "vision": 35}, "regression")    # unaligned: add Config(aligned=False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=model.config.lr)
+    for complete, missing, target, real in batches:             # for config.epochs epochs
+        optimizer.zero_grad()
+        model.losses(complete, missing, target, real)["total"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), model.config.clip)
+        optimizer.step()
+    # train.py takes the mean of the weights after each of the last five epochs
+    sentiment = model.eval()(text, audio, vision, real)         # (B, 1)
+
+complete, missing: {"text": (B, T, 300), ...}, the same clips whole and with dropped frames zeroed; target (B,): sentiment;
+real: {"text": torch.arange(T) < lengths[:, None], ...}, True = not padding, or None: then padding counts as frames.
 """
 import math
 from dataclasses import dataclass
@@ -221,7 +226,7 @@ def both_ways(distance, complete: Tensor, missing: Tensor, to_missing: bool = Tr
 class UMDF(nn.Module):
     """dims: feature width of text, audio and vision. task: "regression" (one score) or "emotions" (four yes/no
     decisions). A part that the config turns off is absent; all other parts start from the same weights. There is one
-    stage; its best epoch is chosen on the sets beside its name."""
+    stage, about the sets of streams beside its name."""
 
     stages = {"train": SETS}
     sees_missing, has_teacher = True, False     # the network is its own teacher
@@ -277,9 +282,11 @@ class UMDF(nn.Module):
 
     def represent(self, streams: dict[str, Tensor], real: dict[str, Tensor] | None = None) -> Tensor:
         """H (B, 3d), (1) to (6)."""
+        if lacking := [m for m in STREAMS if m not in streams]:
+            raise ValueError(f"no {' and no '.join(lacking)} among the streams: a missing one is given as zeros")
         lengths = [streams[m].shape[1] for m in STREAMS]
         if self.config.aligned and len(set(lengths)) > 1:
-            raise ValueError(f"streams of {lengths} frames are not aligned: build the model with Config(aligned=False)")
+            raise ValueError(f"streams of {lengths} frames are not aligned: build UMDF(dims, task, Config(aligned=False))")
         f = {m: self.encoders[m](streams[m], real and real[m]) for m in STREAMS}
         return self.integrate(self.interact(f, real), real)
 
@@ -301,14 +308,17 @@ class UMDF(nn.Module):
         (B,) for regression, classes (B, 4) of 0 and 1 for emotions. teacher is not used: there is none.
         """
         c = self.config
-        both = {m: torch.cat((complete[m], missing[m])) for m in STREAMS}           # two passes in one, (2B, T_m, d_m)
+        both = {m: torch.cat((complete[m], missing[m])) for m in STREAMS if m in complete}  # (2B, T_m, d_m)
         h = self.represent(both, real and {m: torch.cat((real[m], real[m])) for m in STREAMS})
         (h_c, h_m), (y_c, y_m) = h.chunk(2), self.classify(h).chunk(2)
+        truth = target.reshape(len(target), -1)                                     # (B, 1) or (B, 4)
+        if truth.shape != y_c.shape[:2]:
+            raise ValueError(f"target has shape {tuple(target.shape)}; these clips ask for {tuple(y_c.shape[:2])}")
 
         def task(y: Tensor) -> Tensor:
             if self.task == "regression":
-                return F.mse_loss(y[:, 0], target)
-            return F.cross_entropy(y.flatten(0, 1), target.flatten())
+                return F.mse_loss(y, truth)
+            return F.cross_entropy(y.flatten(0, 1), truth.flatten())
 
         def responses(teacher: Tensor, student: Tensor) -> Tensor:
             return response_distance(teacher, student, self.task)

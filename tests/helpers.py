@@ -104,7 +104,7 @@ def history(folder, name="mosi/corrkd/s1"):
 
 
 def parameters(folder, name="mosi/corrkd/s1"):
-    return torch.load(folder / "runs" / name / "best.pt", weights_only=True)["model"]
+    return torch.load(folder / "runs" / name / "model.pt", weights_only=True)["model"]
 
 
 def equal(a, b):

@@ -37,9 +37,12 @@ def test_sample_contrastive_is_equation_4(margin):
     s[2], t[4] = t[2], s[1]     # a positive pair and a negative pair at distance 0
     positive = sum(float(((s[i] - t[i]) ** 2).sum()) for i in range(6)) / 6
     negative = sum(max(0.0, margin - math.sqrt(float(((s[i] - t[j]) ** 2).sum()))) ** 2 for i in range(6) for j in range(6) if i != j) / 30
-    assert float(corrkd.sample_contrastive(s, t, margin)) == pytest.approx(positive + negative, rel=1e-12)
+    assert float(corrkd.sample_contrastive(s, t, margin, normalize=False)) == pytest.approx(positive + negative, rel=1e-12)
     active = sum(math.dist(s[i], t[j]) < margin for i in range(6) for j in range(6) if i != j) / 30
-    assert float(corrkd.active_negatives(s, t, margin)) == pytest.approx(active)
+    assert float(corrkd.active_negatives(s, t, margin, normalize=False)) == pytest.approx(active)
+    unit = [v / v.norm(dim=1, keepdim=True) for v in (s, t)]
+    for loss in (corrkd.sample_contrastive, corrkd.active_negatives):
+        torch.testing.assert_close(loss(s, 3 * t, margin), loss(*unit, margin, normalize=False))
 
 
 def test_prototype_consistency_is_equations_5_and_6_and_leaves_absent_classes_out():
@@ -80,7 +83,7 @@ def test_the_total_is_equation_10_written_out(task, groups):
     r, r_t, y = f.view(6, groups, 2).softmax(-1), f_t.view(6, groups, 2).softmax(-1), target.view(6, groups)
     task_loss = -sum(math.log(r[i, g, y[i, g]].item()) for i in range(6) for g in range(groups)) / (6 * groups)
     unit = [v / v.norm(dim=1, keepdim=True) for v in (h, h_t)]
-    scd = corrkd.sample_contrastive(*unit, 1.2)
+    scd = corrkd.sample_contrastive(*unit, 1.2, normalize=False)
     cpd = sum(corrkd.prototype_consistency(h, h_t, y[:, g], 2) for g in range(groups)) / groups
     rcd = 0.0
     for g in range(groups):
@@ -232,7 +235,7 @@ def test_each_ablation_changes_what_it_names_and_nothing_else():
     assert teacher.stages == {"teacher": corrkd.SETS} and teacher.network is teacher.teacher
     raw = model_of(dropout=0.0, scd_raw=True)
     h, h_t = raw.student(missing, real)[0], raw.teacher(complete, real)[0]
-    assert torch.equal(raw.losses(complete, missing, target, real)["scd"], corrkd.sample_contrastive(h, h_t, 1.2))
+    assert torch.equal(raw.losses(complete, missing, target, real)["scd"], corrkd.sample_contrastive(h, h_t, 1.2, normalize=False))
 
 
 def test_parameter_counts_are_pinned():

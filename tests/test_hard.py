@@ -233,7 +233,7 @@ def same_end(folder, whole):
     """Log, best checkpoint, last checkpoint and results are those of the run that nobody stopped."""
     a, b = (f / "runs" / "mosi/corrkd/s1" for f in (folder, whole))
     assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes() and {p.name for p in a.iterdir()} == {p.name for p in b.iterdir()}
-    for name in ("best.pt", "last.pt"):
+    for name in ("model.pt", "last.pt"):
         x, y = (torch.load(f / name, weights_only=True) for f in (a, b))
         assert equal(x["model"], y["model"]) and x["epoch"] == y["epoch"]
     results = []
@@ -252,17 +252,17 @@ def some(quick, *every):
     return [pytest.param(*one, marks=() if one in quick else pytest.mark.long) for one in every]
 
 
-MOMENTS = [(n, m) for n in ("config.json", "best.pt", "last.pt", "log.jsonl") for m in ("half written", "written, not renamed", "renamed")]
+MOMENTS = [(n, m) for n in ("config.json", "model.pt", "last.pt", "log.jsonl") for m in ("half written", "written, not renamed", "renamed")]
 
 
 @posix
 @pytest.mark.parametrize("name, moment", some((MOMENTS[7],), *MOMENTS))
 def test_a_kill_while_a_file_is_written(uninterrupted, tmp_path, name, moment, one_thread):
-    """At the second and at the last write of each file (the first ones of best.pt, the only one of config.json), then the
+    """At the second and at the last write of each file (the first ones of model.pt, the only one of config.json), then the
     same command again."""
     (tmp_path / "data").symlink_to(uninterrupted / "data")
     last = tmp_path / "runs" / "mosi/corrkd/s1" / "last.pt"
-    for nth in (1,) if name == "config.json" else (1, 1) if name == "best.pt" else (2, None):
+    for nth in (1,) if name == "config.json" else (1, 1) if name == "model.pt" else (2, None):
         if nth is None:
             nth = 10 - len(torch.load(last, weights_only=True)["history"])      # five epochs in each of two stages
         def before(seen=[]):
@@ -374,8 +374,8 @@ def test_a_checkpoint_that_does_not_belong_is_refused(uninterrupted, tmp_path, c
     (tmp_path / "data").symlink_to(uninterrupted / "data")
     assert run(tmp_path, epochs="1") == 0 and run(tmp_path, epochs="1", method="umdf") == 0
     folder, other = (tmp_path / "runs" / f"mosi/{m}/s1" for m in ("corrkd", "umdf"))
-    good = {name: (folder / name).read_bytes() for name in ("best.pt", "last.pt")}
-    own = torch.load(folder / "best.pt", weights_only=True)
+    good = {name: (folder / name).read_bytes() for name in ("model.pt", "last.pt")}
+    own = torch.load(folder / "model.pt", weights_only=True)
 
     def altered(**changes):
         last = torch.load(folder / "last.pt", weights_only=True)
@@ -384,7 +384,7 @@ def test_a_checkpoint_that_does_not_belong_is_refused(uninterrupted, tmp_path, c
         return (tmp_path / "altered.pt").read_bytes()
     wide = {**own["run"]["dims"], "text": 7}
     for raw, said in (((other / "last.pt").read_bytes(), "differs in method"), (altered(dims=wide), "differs in dims"), (altered(dataset="mosei"), "differs in dataset"),
-                      (altered(data={**own["run"]["data"], "sha256": "other"}), "data file"), (good["best.pt"], "it holds no best and no finished"), (good["last.pt"][:-300], "damaged"),
+                      (altered(data={**own["run"]["data"], "sha256": "other"}), "data file"), (good["model.pt"], "it holds no best and no finished"), (good["last.pt"][:-300], "damaged"),
                       (altered(model={"x": torch.zeros(1)}, epoch=0, finished=False), "does not fit corrkd.py"), (altered(config=5), "no checkpoint of this version"),
                       (altered(format=1), "no checkpoint of this version")):
         (folder / "last.pt").write_bytes(raw)
@@ -394,28 +394,28 @@ def test_a_checkpoint_that_does_not_belong_is_refused(uninterrupted, tmp_path, c
         (folder / "last.pt").write_bytes(good["last.pt"])
     for changes, said in (({"dims": wide}, "does not fit corrkd.py"), ({"method": "umdf"}, "does not fit umdf.py"), ({"model": {}}, "does not fit"), ({"data": 5}, "no checkpoint of"),
                           ({"dataset": "meld"}, "no checkpoint of"), ({"dataset": "iemocap"}, "four yes/no"), ({"config": {"depth": 3}}, "does not fit"), ({"format": 1}, "no checkpoint of")):
-        torch.save({**own, **changes} if "model" in changes else {**own, "run": {**own["run"], **changes}}, folder / "best.pt")
+        torch.save({**own, **changes} if "model" in changes else {**own, "run": {**own["run"], **changes}}, folder / "model.pt")
         assert evaluation.main([str(folder)]) == 2, said
         error = capsys.readouterr().err
         assert said in error and len(error.splitlines()) == 1, (said, error)
-    (folder / "best.pt").write_bytes(good["last.pt"])
+    (folder / "model.pt").write_bytes(good["last.pt"])
     assert evaluation.main([str(folder)]) == 2 and "it holds no linear and no stats" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
-    torch.save({"method": "corrkd", "model": Call(os.system, ("touch GOTCHA",))}, tmp_path / "run" / "best.pt")
+    torch.save({"method": "corrkd", "model": Call(os.system, ("touch GOTCHA",))}, tmp_path / "run" / "model.pt")
     assert evaluation.main(["run"]) == 2 and "more than tensors and plain values" in capsys.readouterr().err and not (tmp_path / "GOTCHA").exists()
 
 
 @pytest.mark.parametrize("seed", some([(0,)], (0,), (1,), (2,)))
 def test_a_damaged_checkpoint_is_told_in_a_sentence(uninterrupted, tmp_path, seed, capsys):
     """Each outcome is a table or a sentence; a checkpoint that still loads may hold other weights, which its SHA-256 in results.json tells."""
-    whole, draw, codes = (uninterrupted / "runs" / "mosi/corrkd/s1" / "best.pt").read_bytes(), random.Random(seed), []
+    whole, draw, codes = (uninterrupted / "runs" / "mosi/corrkd/s1" / "model.pt").read_bytes(), random.Random(seed), []
     (tmp_path / "run").mkdir()
     for _ in range(12):
-        (tmp_path / "run" / "best.pt").write_bytes(damage(whole, draw))
+        (tmp_path / "run" / "model.pt").write_bytes(damage(whole, draw))
         codes.append(evaluation.main([str(tmp_path / "run"), "--protocol", "combos"]))
         said = capsys.readouterr().err
         assert (codes[-1], len(said.splitlines())) in ((0, 0), (2, 1)), said
@@ -518,7 +518,7 @@ def test_neither_the_evaluations_batches_nor_the_threads_matter(tmp_path, method
         assert train.main(args) == 0
         folder = tmp_path / name / f"mosi/{method}/s1"
         assert evaluation.main([str(folder), "--rates", "0", "0.5"]) == 0
-        ends.append((json.loads((folder / "results.json").read_text())["conditions"], torch.load(folder / "best.pt", weights_only=True)["model"]))
+        ends.append((json.loads((folder / "results.json").read_text())["conditions"], torch.load(folder / "model.pt", weights_only=True)["model"]))
     torch.set_num_threads(before)
     assert ends[0][0] == ends[2][0] and equal(ends[0][1], ends[2][1])
     for condition, values in ends[0][0].items():

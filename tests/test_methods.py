@@ -21,7 +21,7 @@ WIDTHS = {"text": 12, "audio": 7, "vision": 5}
 def test_a_method_file_offers_all_that_is_asked_of_it(name):
     """Names, signatures and return shapes; for each data set's task, each stage, and each ablation's config."""
     module = evaluation.METHODS[name]
-    assert set(module.TASKS) == set(module.PAPER) == set(module.REPORTED) == set(data.SIZES) and set(module.FEATURES) == set(STREAMS)
+    assert set(module.TASKS) == set(module.PAPER) == set(module.LISTED) == set(module.REPORTED) == set(data.SIZES) and set(module.FEATURES) == set(STREAMS)
     assert {"lr", "weight_decay", "batch_size", "epochs", "clip", "aligned"} <= {f.name for f in dataclasses.fields(module.Config)}
     assert all(isinstance(c, module.Config) for c in module.PAPER.values()) and set(module.TABLE) <= set(evaluation.COLUMNS)
     assert all(set(a) <= {f.name for f in dataclasses.fields(module.Config)} for a in module.ABLATIONS.values())
@@ -55,6 +55,16 @@ def test_a_method_file_offers_all_that_is_asked_of_it(name):
                     torch.testing.assert_close(torch.cat([model.encode(m, x[m], real[m]) for m in STREAMS], 1), h, rtol=0, atol=1e-6)
             with pytest.raises(ValueError, match="no stage 'pretraining'"):
                 model.begin("pretraining")
+        shape = list(target.shape if target.ndim > 1 else (8, 1))
+        model = module.Model(WIDTHS, task).eval()
+        column = target.reshape(shape)                              # MMSA's form of a score: the same losses
+        one, other = (model.losses(x, x, t, real)["total"] for t in (target, column))
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        for wrong in (target[:4], torch.cat((column, column), 1)):
+            with pytest.raises(ValueError, match=re.escape(f"target has shape {tuple(wrong.shape)}; these clips ask for {tuple(shape)}")):
+                model.losses(x, x, wrong, real)
+        with pytest.raises(ValueError, match="no vision among the streams"):
+            model.losses(*[{m: x[m] for m in ("text", "audio")}] * 2, target, real)
 
 
 def test_the_programs_guess_nothing_of_a_method():
@@ -76,7 +86,7 @@ def test_copied_alone_it_trains_by_its_docstring(tmp_path, name):
     """The file in an empty folder, the lines of its docstring as they stand, after the batches that they ask for."""
     batch, answer, shape = USES[name]
     shutil.copy(ROOT / f"{name}.py", tmp_path)
-    lines = re.search(r"Use in another code base.*?\n\n(.*?)\n\"\"\"", (ROOT / f"{name}.py").read_text(), re.S)[1]
+    lines = re.search(r"Use in another code base.*?\n\n((    .*\n)+)", (ROOT / f"{name}.py").read_text())[1]
     (tmp_path / "use.py").write_text(f"""
 import torch
 from {name} import *

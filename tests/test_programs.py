@@ -100,9 +100,11 @@ def test_the_constant_predictor_of_each_task():
     assert evaluation.constant(torch.tensor([[0, 1, 0, 0], [0, 1, 0, 1], [1, 0, 0, 0]]), "emotions") == [0, 1, 0, 0]
 
 
-def test_a_checkpoint_is_selected_by_the_loss_of_all_seven_sets():
-    sets = {c: {"n": 3, "realised": {}, "loss": 1.0 + k, "F1": 90.0} for k, c in enumerate(data.SETS)}
+def test_one_number_for_results_over_several_sets():
+    sets = {c: {"n": 3, "realised": {}, "F1": 90.0, "MAE": 1.0 + k} for k, c in enumerate(data.SETS)}
     assert evaluation.score(sets) == pytest.approx(-4.0)
+    emotions = {c: {"n": 3, "realised": {}, "F1 happy": 50.0 + k, "F1 sad": 60.0 + k} for k, c in enumerate(data.SETS)}
+    assert evaluation.score(emotions) == pytest.approx(58.0)
 
 
 # ------------------------------------------------------------------------------------- predictions
@@ -149,16 +151,15 @@ def test_a_method_without_separate_streams_is_evaluated_by_full_passes(tmp_path)
 
 def test_a_run_learns_and_leaves_what_the_help_says(trained):
     folder = trained / "runs" / "mosi/corrkd/s1"
-    assert {p.name for p in folder.iterdir()} - {"results.json"} == {"config.json", "log.jsonl", "best.pt", "last.pt"}
+    assert {p.name for p in folder.iterdir()} - {"results.json"} == {"config.json", "log.jsonl", "model.pt", "last.pt"}
     lines = history(trained)
     assert [(h["stage"], h["epoch"]) for h in lines] == [(s, e) for s in ("teacher", "student") for e in (1, 2, 3)]
     assert lines[2]["losses"]["task"] < lines[0]["losses"]["task"]
     assert set(lines[-1]["losses"]) == {"task", "scd", "scd_active", "cpd", "rcd", "total"} and 0 <= lines[-1]["losses"]["scd_active"] <= 1
-    best = max(lines[3:], key=lambda h: h["score"])
-    checkpoint = torch.load(folder / "best.pt", weights_only=True)
-    assert checkpoint["epoch"] == best["epoch"] and checkpoint["run"]["config"]["lr"] == 4e-3
-    assert best["score"] == pytest.approx(-statistics.fmean(best["valid"][c]["loss"] for c in data.SETS))
-    assert best["valid"]["l"]["n"] == 30 and best["valid"]["l"]["F1"] > 90
+    checkpoint = torch.load(folder / "model.pt", weights_only=True)
+    assert checkpoint["epoch"] == 3 and checkpoint["run"]["config"]["lr"] == 4e-3
+    assert set(lines[0]["valid"]) == {"lav"} and set(lines[-1]["valid"]) == set(data.SETS)
+    assert lines[-1]["valid"]["l"]["n"] == 30 and lines[-1]["valid"]["l"]["F1"] > 90
     torch.load(folder / "last.pt", weights_only=True)
     config = json.loads((folder / "config.json").read_text())
     assert config["run"]["data"]["sha256"] == data.sha256(trained / "data" / "mosi_data.pkl") and config["commit"] and config["versions"]["torch"]
@@ -168,7 +169,7 @@ def test_a_run_learns_and_leaves_what_the_help_says(trained):
 def test_two_runs_are_bit_equal_and_seeds_differ(trained, tmp_path):
     (tmp_path / "data").symlink_to(trained / "data")
     run(tmp_path, epochs="3")
-    for name in ("log.jsonl", "best.pt", "last.pt"):
+    for name in ("log.jsonl", "model.pt", "last.pt"):
         a, b = ((f / "runs" / "mosi/corrkd/s1" / name).read_bytes() for f in (trained, tmp_path))
         assert a == b.replace(str(tmp_path).encode(), str(trained).encode()) or name.endswith("pt") and equal(parameters(trained), parameters(tmp_path))
     assert not equal(parameters(trained), parameters(trained, "mosi/corrkd/s2"))
@@ -225,25 +226,21 @@ def test_the_test_split_has_no_say(trained, tmp_path):
     assert history(tmp_path) == history(trained) and equal(parameters(tmp_path), parameters(trained))
 
 
-def test_a_model_that_only_gets_worse_still_leaves_its_first_epoch(tmp_path, monkeypatch):
-    written(tmp_path / "data", learnable())
-    falling = iter(range(0, -100, -1))
-    monkeypatch.setattr(evaluation, "fit_linear", lambda *a: None)
-    monkeypatch.setattr(evaluation, "score", lambda result: next(falling))
-    run(tmp_path)
-    assert torch.load(tmp_path / "runs" / "mosi/corrkd/s1" / "best.pt", weights_only=True)["epoch"] == 1
-
-
-def test_the_student_learns_from_the_best_teacher(tmp_path, monkeypatch):
-    """The teacher of the student's stage is that of its best epoch, not of its last; it does not move again."""
-    written(tmp_path / "data", learnable())
-    scores, teachers, store = iter([5, 9, 1, 1, 2, 3]), [], train.save_epoch
-    monkeypatch.setattr(evaluation, "fit_linear", lambda *a: None)
-    monkeypatch.setattr(evaluation, "score", lambda result: next(scores))
-    monkeypatch.setattr(train, "save_epoch", lambda folder, state, best: (teachers.append({k: v.clone() for k, v in state["model"].items() if k.startswith("teacher.")}),
-                                                                     store(folder, state, best)))
-    run(tmp_path, epochs="3")
-    assert equal(teachers[3], teachers[1]) and equal(teachers[5], teachers[1]) and not equal(teachers[2], teachers[1])
+@pytest.mark.parametrize("epochs", [3, 7])
+def test_a_stage_ends_with_the_mean_of_the_weights_of_its_last_five_epochs(tmp_path, monkeypatch, epochs):
+    """Teacher and student; training itself goes on from the weights of the last epoch, and the teacher moves no more."""
+    written(tmp_path / "data", learnable(n=12))
+    began, ended, whole = [], [], train.train_epoch
+    copy = lambda model: {k: v.double() for k, v in model.state_dict().items()}
+    monkeypatch.setattr(train, "train_epoch", lambda model, *a: (began.append(copy(model)), whole(model, *a), ended.append(copy(model)))[1])
+    run(tmp_path, epochs=str(epochs))
+    mean = lambda states, part: {k: sum(s[k] for s in states[-5:]) / len(states[-5:]) for k in states[0] if k.startswith(part)}
+    close = lambda a, b: all(torch.allclose(a[k].double(), b[k], rtol=0, atol=1e-6) for k in b)
+    assert all(equal(began[i], ended[i - 1]) for i in range(1, 2 * epochs) if i != epochs)
+    teacher, student = mean(ended[:epochs], "teacher"), mean(ended[epochs:], "student")
+    assert close(began[epochs], teacher) and not close(ended[epochs - 1], teacher)
+    final = parameters(tmp_path)
+    assert close(final, student) and all(torch.equal(final[k].double(), began[epochs][k]) for k in teacher)
 
 
 def test_training_masks_are_drawn_anew_in_every_epoch(tmp_path, monkeypatch):
@@ -306,11 +303,10 @@ def test_a_regression_from_training_to_table(tmp_path, capsys, lengths, comparab
     assert run(tmp_path, epochs="3", method="umdf") == 0
     lines = history(tmp_path, "mosi/umdf/s1")
     assert lines[-1]["losses"]["task_complete"] < lines[0]["losses"]["task_complete"] and {h["stage"] for h in lines} == {"train"}
-    best = max(lines, key=lambda h: h["score"])
-    assert best["score"] == pytest.approx(-statistics.fmean(best["valid"][c]["loss"] for c in data.SETS))
-    checkpoint = torch.load(tmp_path / "runs" / "mosi/umdf/s1" / "best.pt", weights_only=True)
-    assert checkpoint["epoch"] == best["epoch"] and checkpoint["run"]["config"]["aligned"] is (len(set(lengths)) == 1)
-    assert best["valid"]["l"]["n"] == 40 and "valid, mean of 7 sets: loss" in capsys.readouterr().out      # clips of label 0 count
+    checkpoint = torch.load(tmp_path / "runs" / "mosi/umdf/s1" / "model.pt", weights_only=True)
+    assert checkpoint["run"]["config"]["aligned"] is (len(set(lengths)) == 1)
+    mae = statistics.fmean(lines[-1]["valid"][c]["MAE"] for c in data.SETS)
+    assert lines[-1]["valid"]["l"]["n"] == 40 and f"valid, mean of 7 sets: MAE {mae:.4f}" in capsys.readouterr().out      # clips of label 0 count
     assert evaluation.main([str(tmp_path / "runs" / "mosi/umdf/s1"), "--rates", "0", "0.5"]) == 0
     sets, rates = ({tuple(line.replace("umdf ", "").split("  ")[0].split()): line.split()[-1] for line in part.splitlines() if line.startswith(("F1", "MAE"))}
                    for part in capsys.readouterr().out.split("Share of"))
@@ -338,9 +334,9 @@ def test_double_flow_from_training_to_the_papers_table(tmp_path, capsys, compara
     finally:
         torch.optim.Adam.step = step
     assert [round(lr / .004, 6) for lr, _ in seen[::3]] == [.2, .4, .6, .8, 1, 1] and {decay for _, decay in seen} == {1e-5}
-    for line in history(tmp_path, "mosei/double_flow/s1"):
-        assert line["score"] == pytest.approx(-(line["valid"]["lav"]["loss"] + line["valid"]["av"]["loss"]) / 2)
     said = capsys.readouterr().out
+    for line in history(tmp_path, "mosei/double_flow/s1"):
+        assert f"valid, mean of 2 sets: MAE {(line['valid']['lav']['MAE'] + line['valid']['av']['MAE']) / 2:.4f}" in said
     assert "double_flow on mosei simulated text: learned from audio" in said
     assert evaluation.main([str(tmp_path / "runs" / "mosei/double_flow/s1"), "--rates", "0", "0.5"]) == 0
     out = capsys.readouterr().out
@@ -386,7 +382,7 @@ def test_feature_folders_from_training_to_table(tmp_path, capsys):
     out, results = capsys.readouterr().out, json.loads((folder / "results.json").read_text())
     assert "simulated text: from the data" in out and "WARNING" not in out and "text is 6 wide, not 4096" in out and "no linear row" in out
     assert results["conditions"]["lav"]["n"] == 8
-    best = torch.load(folder / "best.pt", weights_only=True)
+    best = torch.load(folder / "model.pt", weights_only=True)
     model = double_flow.DoubleFlow(best["run"]["dims"], "regression", double_flow.Config(mia="off"))
     model.load_state_dict(best["model"])
     torch.save({"state_dict": {f"model.{k}": v for k, v in official_names(model).items()}}, tmp_path / "published.pth")
@@ -643,7 +639,7 @@ def test_the_linear_baseline_sees_what_the_methods_see(tmp_path, monkeypatch):
 
 
 def test_streams_that_the_data_lacks_count_in_nothing(tmp_path, capsys):
-    """No vision: {v}, {l,v}, {a,v} are not evaluated, and are in no average and no choice; one line says so. Aligned streams too."""
+    """No vision: {v}, {l,v}, {a,v} are not evaluated, and are in no average; one line says so. Aligned streams too."""
     for lengths in ((8, 8, 8), (8, 12, 10)):
         made = learnable(lengths=lengths, n=20)
         for f in made.values():
@@ -651,10 +647,7 @@ def test_streams_that_the_data_lacks_count_in_nothing(tmp_path, capsys):
         written(tmp_path / str(lengths) / "data", made)
         for method in ("corrkd", "double_flow"):
             assert run(tmp_path / str(lengths), epochs="1", method=method) == 0
-            best = history(tmp_path / str(lengths), f"mosi/{method}/s1")[-1]
-            kept = ["l", "a", "la", "lav"] if method == "corrkd" else ["lav"]
-            assert list(best["valid"]) == ["l", "a", "la", "lav"]
-            assert best["score"] == pytest.approx(evaluation.score({c: best["valid"][c] for c in kept}))
+            assert list(history(tmp_path / str(lengths), f"mosi/{method}/s1")[-1]["valid"]) == ["l", "a", "la", "lav"]
         assert "there is no vision: {v} {l,v} {a,v} are not answered" in capsys.readouterr().out
         assert evaluation.main([str(tmp_path / str(lengths) / "runs" / "mosi/corrkd"), "--protocol", "combos", "--csv", str(tmp_path / "t.csv")]) == 0
         out = capsys.readouterr().out
@@ -677,14 +670,6 @@ def test_a_written_stand_in_is_known_as_synthetic(tmp_path, monkeypatch, capsys)
     assert evaluation.main([str(tmp_path / "runs" / "mosi-synthetic" / "corrkd"), "--rates", "0"]) == 0
     out = capsys.readouterr().out
     assert "SYNTHETIC data: these numbers say nothing" in out and "corrkd paper" not in out and "0 - paper" not in out
-
-
-def test_a_tie_keeps_the_earlier_epoch(tmp_path, monkeypatch):
-    written(tmp_path / "data", learnable(n=20))
-    monkeypatch.setattr(evaluation, "fit_linear", lambda *a: None)
-    monkeypatch.setattr(evaluation, "score", lambda result: 7.0)
-    run(tmp_path, epochs="3")
-    assert torch.load(tmp_path / "runs" / "mosi/corrkd/s1" / "best.pt", weights_only=True)["epoch"] == 1
 
 
 def test_other_data_than_a_run_was_trained_on_is_a_warning(trained, tmp_path, capsys):
@@ -751,7 +736,7 @@ def test_stored_results_that_do_not_fit_are_refused(tmp_path, trained, capsys):
         (Path(one) / "results.json").write_text(json.dumps({**good, **change}))
         assert evaluation.main([one, "--stored", "--protocol", "combos"]) == 2 and "of another version" in capsys.readouterr().err, change
     (Path(one) / "results.json").write_text(json.dumps(good))
-    (Path(one) / "best.pt").write_bytes((trained / "runs" / "mosi/corrkd/s1" / "best.pt").read_bytes())
+    (Path(one) / "model.pt").write_bytes((trained / "runs" / "mosi/corrkd/s1" / "model.pt").read_bytes())
     assert evaluation.main([one, "--stored", "--protocol", "combos"]) == 2 and "another checkpoint" in capsys.readouterr().err
 
 
@@ -768,7 +753,7 @@ def test_runs_that_are_not_finished_are_named(trained, tmp_path, capsys):
         assert run(tmp_path, epochs="3") == 130
     assert evaluation.main([str(tmp_path / "nothing"), str(tmp_path / "runs" / "mosi/corrkd/s1"), "--protocol", "combos"]) == 0
     said = capsys.readouterr()
-    assert "note: seed 1 was stopped after 1 of 3 epochs" in said.out and "left out: " in said.err and "nothing has no best.pt" in said.err
+    assert "note: seed 1 was stopped after 1 of 3 epochs" in said.out and "left out: " in said.err and "nothing has no model.pt" in said.err
     assert evaluation.main([str(trained / "runs" / "mosi/corrkd/s1"), "--protocol", "combos"]) == 0 and "stopped after" not in capsys.readouterr().out
 
 
@@ -867,7 +852,7 @@ def test_seeds_side_by_side(trained, tmp_path):
     blocked = tmp_path / "runs" / "mosi/corrkd/s3"
     blocked.mkdir(parents=True)
     (blocked / "config.json").write_text("{}")
-    (blocked / "best.pt").write_bytes((trained / "runs" / "mosi/corrkd/s2" / "best.pt").read_bytes())   # not of this run
+    (blocked / "model.pt").write_bytes((trained / "runs" / "mosi/corrkd/s2" / "model.pt").read_bytes())   # not of this run
     done = program(ROOT / "train.py", "--method", "corrkd", "--dataset", "mosi", "--data-dir", tmp_path / "data", "--out", tmp_path / "runs", "--epochs", "3",
                    "--batch-size", "16", "--lr", "0.004", "--device", "cpu", "--jobs", "2", "--seeds", "1", "3")
     assert done.returncode == 2 and "corrkd/s3 failed: error: " in done.stderr and "Traceback" not in done.stderr
@@ -895,7 +880,7 @@ def test_processes_side_by_side_stay_and_share_the_plan(tmp_path, monkeypatch, c
     assert run(tmp_path, *plan, "--jobs", "2", seeds=("1", "2"), epochs="1", method="umdf") == 2
     said = capsys.readouterr()
     assert len(begun) == 2 and "umdf-no_rep/s2 failed: error: " in said.err and "Traceback" not in said.err
-    left = sorted(p.relative_to(tmp_path / "runs") for p in (tmp_path / "runs").rglob("best.pt"))
+    left = sorted(p.relative_to(tmp_path / "runs") for p in (tmp_path / "runs").rglob("model.pt"))
     assert len(left) == 5
     for path in left:
         here, there = (torch.load(root / path, weights_only=True)["model"] for root in (tmp_path / "runs", tmp_path / "alone"))
@@ -930,7 +915,7 @@ USER_ERRORS = {
     "no such device": (["train.py", "--synthetic", "--device", "cuda:77"], "has no such device"),
     "zero epochs": (["train.py", "--synthetic", "--epochs", "0"], "--epochs must be greater than 0"),
     "out is a file": (["train.py", "--synthetic", "--limit", "40", "--out", "bad.pkl"], "cannot be made"),
-    "no run": (["eval.py", "nothing"], "there is no best.pt in it"),
+    "no run": (["eval.py", "nothing"], "there is no model.pt in it"),
     "damaged run": (["eval.py", "run"], "damaged or no checkpoint"),
     "another checkpoint": (["eval.py", "other"], "no checkpoint of this version of train.py"),
     "rate 2": (["eval.py", "run", "--rates", "2"], "shares from 0 to 1"),
@@ -943,9 +928,9 @@ def test_a_users_mistake_is_told_in_a_sentence(tmp_path, name, monkeypatch, caps
     arguments, said = USER_ERRORS[name]
     (tmp_path / "bad.pkl").write_bytes(b"nothing good")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "best.pt").write_bytes(b"nothing good")
+    (tmp_path / "run" / "model.pt").write_bytes(b"nothing good")
     (tmp_path / "other").mkdir()
-    torch.save({"state_dict": {}}, tmp_path / "other" / "best.pt")
+    torch.save({"state_dict": {}}, tmp_path / "other" / "model.pt")
     if arguments[0] == "train.py":
         arguments = [arguments[0], "--method", "corrkd", *([] if "--dataset" in arguments else ["--dataset", "mosi"]), *arguments[1:]]
     before = sorted(p for p in tmp_path.rglob("*"))
