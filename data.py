@@ -31,6 +31,10 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+# A stop from the keyboard while torch is imported, which takes seconds, is told in a word and not by a traceback.
+sys.excepthook = lambda kind, *more: (print("stopped", file=sys.stderr) if kind is KeyboardInterrupt
+                                      else sys.__excepthook__(kind, *more))
+
 import numpy as np
 import torch
 
@@ -193,9 +197,6 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array; nothing of it was run")
         return admitted[f"{where}.{name}"]
 
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError(f"it asks for the persistent object {str(pid)[:80]}; nothing of it was run")
-
     def _frombuffer(self, raw, dtype, shape, order):
         array = _Array()
         array.fill(raw, dtype.dtype, shape, order)
@@ -226,6 +227,9 @@ def read_pickle(path: Path) -> dict:
         if path.stat().st_size == 0:
             raise EOFError("it is empty")
         source = _File(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        if source.content[:1] not in b"\x80(]}lcd":
+            begin = _printable(source.content[:40].decode("latin1").strip().split("\n")[0])
+            raise pickle.UnpicklingError(f"not a pickle: it begins with {begin}, so the download went wrong")
         content = _Unpickler(source).load()
         if source.at != source.size:
             raise pickle.UnpicklingError(f"{source.size - source.at} bytes follow where it should end")
@@ -248,7 +252,8 @@ def find(dataset: str | None, data_dir: str | Path) -> Path:
     for path in (folder / name for name in FILES[dataset] for folder in folders):
         if path.is_file():
             return path
-    raise DataError(f"No file of {dataset} in {root}: looked for {', '.join(FILES[dataset])}. "
+    gone = "" if root.exists() else ", which does not exist"
+    raise DataError(f"No file of {dataset} in {root}{gone}: looked for {', '.join(FILES[dataset])}. "
                     "Get one from where the README says, or add --synthetic to run on made-up data.")
 
 

@@ -21,13 +21,13 @@ import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import data
 import numpy as np
 import torch
 from sklearn.linear_model import Ridge
 from sklearn.manifold import TSNE
 from sklearn.metrics import accuracy_score, auc, f1_score, mean_absolute_error
 
-import data
 from data import STREAMS, DataError
 
 METHODS = {name: importlib.import_module(name) for name in ("umdf", "corrkd", "double_flow")}

@@ -23,11 +23,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import data
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
 import eval as evaluation
 from data import STREAMS, DataError
 from eval import METHODS

@@ -106,7 +106,7 @@ class Device(TorchFunctionMode):
                 return Pretend(x.detach())
             if asked == "cpu" and isinstance(x, Pretend):
                 wait("a copy to the CPU")
-                return x.detach().inner
+                return x.detach().inner.clone()
             args = [CPU if isinstance(a, (str, torch.device)) else a for a in args]     # what it computes on
             kwargs = {**kwargs, "device": CPU} if kwargs.get("device") else kwargs
         elif func is torch.Tensor.pin_memory:
@@ -248,7 +248,7 @@ PLANTED = {     # file -> a use of the device, and what is left when it is forgo
     double_flow: (", dtype=torch.bool, device=features.device", ", dtype=torch.bool"),
     data: (".to(device, non_blocking=True)", ""),
     train: ('module.Config(**run["config"])).to(device)', 'module.Config(**run["config"]))'),
-    evaluation: ("split[m].shape[2], device=device)", "split[m].shape[2])"),
+    evaluation: ("data.sent([x], stream.device)", "data.sent([x], 'cpu')"),
 }
 
 

@@ -73,6 +73,12 @@ def test_stated_lengths_of_clips_padded_in_front(tmp_path):
     np.testing.assert_array_equal(loaded["audio"][0, :5], made["train"]["audio"][0, 7:])
 
 
+def test_a_clip_of_its_stated_length_keeps_its_first_frames_of_zeros():
+    seen = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0, 1, 1]], dtype=torch.bool)
+    assert [t.tolist() for t in data._spans(seen, [5, 5])] == [[0, 3], [5, 8]]      # padded behind, padded in front
+    assert [t.tolist() for t in data._spans(seen, None)] == [[2, 3], [5, 8]]
+
+
 def test_aligned_streams_share_their_span(tmp_path):
     """A face not found at a clip's edge is no padding while a word is there."""
     made = content()
@@ -205,7 +211,11 @@ def broken(change):
 
 BAD = {
     "nothing": (b"", "is refused"),
-    "no pickle": (b"PK\x03\x04 this is a zip", "is refused"),
+    "a zip": (b"PK\x03\x04 this is a zip", "not a pickle: it begins with PK"),
+    "a page": (b"\n<!DOCTYPE html>\n<html>", "not a pickle: it begins with <!DOCTYPE html>, so the download went wrong"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "it begins with version https://git-lfs"),
+    "an array": (b"\x93NUMPY\x01\x00v\x00", "not a pickle: it begins with NUMPY"),
+    "words in lines": (b"id,text,label\n1,so,2\n", "not a pickle: it begins with id,text,label"),
     "cut": (pickle.dumps(content())[:-900], "is refused"),
     "a list": ([1, 2], "holds .*list.*expected a dict"),
     "other splits": ({"train": {}, "dev": {}}, "holds a dict of train, dev"),
@@ -365,6 +375,14 @@ def test_batches_hold_every_clip_once_and_clips_of_similar_length():
     assert sum(int(n[b].max()) * len(b) for b in first) < .75 * 50 * len(index)     # at random: .97
     neighbours = lambda groups: {tuple(sorted(b.tolist())) for b in groups}
     assert len(neighbours(first) & neighbours(second)) < 4                          # batches are mixed anew, not only reordered
+
+
+def test_clips_of_one_length_come_in_random_batches():
+    same = {m: torch.ones(64, 5, dtype=torch.bool) for m in STREAMS}
+    first, = data.batches(same, torch.arange(64), 64, torch.Generator().manual_seed(0))
+    assert first.tolist() != sorted(first.tolist())
+    groups = data.batches(same, torch.arange(64), 4, torch.Generator().manual_seed(0), pool=1)
+    assert max(int(g.max() - g.min()) for g in groups) > 16         # in file order a batch would span 3
 
 
 def test_a_batch_is_cut_to_its_longest_clip(tmp_path):

@@ -67,8 +67,8 @@ HOSTILE = {
     "as a dict's key": (b"}cos\nsystem\n(Vtouch GOTCHA\ntRI1\ns.", "asks for os.system"),
     "in a set": (b"cbuiltins\nset\n((lcos\nsystem\n(Vtouch GOTCHA\ntRatR.", "asks for os.system"),
     "behind the end": (pickle.dumps(content(), 4) + call("os", "system", "touch GOTCHA"), "bytes follow where it should end"),
-    "persistent id": (b"Pos.system\n.", "persistent object os.system"),
-    "binary persistent id": (b"\x80\x02X\x09\x00\x00\x00os.systemQ.", "persistent object os.system"),
+    "persistent id": (b"Pos.system\n.", "begins with Pos.system"),
+    "binary persistent id": (b"\x80\x02X\x09\x00\x00\x00os.systemQ.", "unsupported persistent id"),
     "extension code, unknown": (b"\x80\x02\x82\x7b.", "ValueError"),
     "extension code of os.system": (b"\x80\x02\x82\xf1(Vtouch GOTCHA\ntR.", "asks for os.system"),
     "out-of-band buffer": (b"\x80\x05\x97.", "out-of-band"),
@@ -384,7 +384,7 @@ def test_a_checkpoint_that_does_not_belong_is_refused(uninterrupted, tmp_path, c
         return (tmp_path / "altered.pt").read_bytes()
     wide = {**own["run"]["dims"], "text": 7}
     for raw, said in (((other / "last.pt").read_bytes(), "differs in method"), (altered(dims=wide), "differs in dims"), (altered(dataset="mosei"), "differs in dataset"),
-                      (altered(data={**own["run"]["data"], "sha256": "other"}), "data file"), (good["model.pt"], "it holds no best and no finished"), (good["last.pt"][:-300], "damaged"),
+                      (altered(data={**own["run"]["data"], "sha256": "other"}), "data file"), (good["model.pt"], "it holds no finished and no history"), (good["last.pt"][:-300], "damaged"),
                       (altered(model={"x": torch.zeros(1)}, epoch=0, finished=False), "does not fit corrkd.py"), (altered(config=5), "no checkpoint of this version"),
                       (altered(format=1), "no checkpoint of this version")):
         (folder / "last.pt").write_bytes(raw)
@@ -392,8 +392,8 @@ def test_a_checkpoint_that_does_not_belong_is_refused(uninterrupted, tmp_path, c
         error = capsys.readouterr().err
         assert said in error and len(error.splitlines()) == 1, (said, error)
         (folder / "last.pt").write_bytes(good["last.pt"])
-    for changes, said in (({"dims": wide}, "does not fit corrkd.py"), ({"method": "umdf"}, "does not fit umdf.py"), ({"model": {}}, "does not fit"), ({"data": 5}, "no checkpoint of"),
-                          ({"dataset": "meld"}, "no checkpoint of"), ({"dataset": "iemocap"}, "four yes/no"), ({"config": {"depth": 3}}, "does not fit"), ({"format": 1}, "no checkpoint of")):
+    for changes, said in (({"dims": wide}, "does not fit corrkd.py"), ({"method": "umdf"}, "no checkpoint of"), ({"model": {}}, "does not fit"), ({"data": 5}, "no checkpoint of"),
+                          ({"dataset": "meld"}, "no checkpoint of"), ({"dataset": "iemocap"}, "four yes/no"), ({"config": {"depth": 3}}, "no checkpoint of"), ({"format": 1}, "no checkpoint of")):
         torch.save({**own, **changes} if "model" in changes else {**own, "run": {**own["run"], **changes}}, folder / "model.pt")
         assert evaluation.main([str(folder)]) == 2, said
         error = capsys.readouterr().err

@@ -67,6 +67,47 @@ def test_a_method_file_offers_all_that_is_asked_of_it(name):
             model.losses(*[{m: x[m] for m in ("text", "audio")}] * 2, target, real)
 
 
+WEIGHTS = {     # term -> the field of Config that is its weight; the others have weight 1
+    "corrkd": {"scd": "scd", "cpd": "cpd", "rcd": "rcd", "kl": "kl"}, "umdf": {"rep": "rep", "resp": "resp"},
+    "double_flow": dict(zip(("task_complete", "task_missing", "q_text", "c_text", "h", "rnc"), ("w1", "w2", "w3", "w4", "w5", "w6")))}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_weight_counts_in_the_total(name):
+    module, fields = evaluation.METHODS[name], WEIGHTS[name]
+    config = module.Config(**{field: .3 + .1 * i for i, field in enumerate(fields.values())})
+    task = module.TASKS["mosi"]
+    model = module.Model(WIDTHS, task, config).eval()
+    model.begin([*model.stages][-1])
+    x = {m: torch.randn(8, 6, d) for m, d in WIDTHS.items()}
+    terms = model.losses(x, {m: v * (torch.rand(8, 6, 1) < .5) for m, v in x.items()}, torch.arange(8) % 2 if task == "polarity" else torch.randn(8))
+    assert set(fields) <= set(terms)
+    weight = lambda term: getattr(config, fields[term]) if term in fields else float(term != "scd_active")
+    assert terms.pop("total").item() == pytest.approx(sum(weight(k) * v.item() for k, v in terms.items()), rel=1e-5)
+
+
+B, T = 8, 6     # where each method drops, in training, by the equations of its opening: shapes in the order of the calls
+LAYER = [(B, T, 160), (B, T, 40)]
+DROPS = {"corrkd": 3 * [(B, T, 40), *2 * [(B, T, 40), *LAYER]],
+         "umdf": 3 * [(2 * B, T, 40), *2 * [(2 * B, T, 40), (2 * B, T, 160), (2 * B, T, 40)]] + 12 * [(2 * B, T, 40), (2 * B, T, 160), (2 * B, T, 40)],
+         "double_flow": 3 * [(2 * B, T, 256), (2 * B, 256), *2 * [(2 * B, 256)]] + 2 * [(2 * B, 256)] + 7 * [(2 * B, 256)]
+         + 3 * [(2 * B, T, 256), (2 * B, 7, 256), (2 * B, 7, 256), (2 * B, 7, 128)] + [(2 * B, 256), (2 * B, 128)]}
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_dropout_stands_where_the_equations_have_it(name, monkeypatch):
+    """A recorder in dropout's place: what it is given, by shape, as often as it is written."""
+    module, seen = evaluation.METHODS[name], []
+    record = lambda self, x: (self.training and seen.append(tuple(x.shape)), x)[1]
+    for kind in {getattr(module, "Dropout", None), getattr(module, "Half", None), torch.nn.Dropout} - {None}:
+        monkeypatch.setattr(kind, "forward", record)
+    model = module.Model(WIDTHS, module.TASKS["mosi"])
+    model.begin([*model.stages][-1])
+    x, target = {m: torch.randn(B, T, d) for m, d in WIDTHS.items()}, torch.arange(B) % 2 if name == "corrkd" else torch.randn(B)
+    model.train().losses(x, x, target, None, *([model.teacher_outputs(x)] if model.has_teacher else []))
+    assert sorted(seen) == sorted(DROPS[name])
+
+
 def test_the_programs_guess_nothing_of_a_method():
     for name in ("train.py", "eval.py"):
         code = (ROOT / name).read_text()

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import statistics
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -241,6 +242,29 @@ def test_a_stage_ends_with_the_mean_of_the_weights_of_its_last_five_epochs(tmp_p
     assert close(began[epochs], teacher) and not close(ended[epochs - 1], teacher)
     final = parameters(tmp_path)
     assert close(final, student) and all(torch.equal(final[k].double(), began[epochs][k]) for k in teacher)
+
+
+def test_an_epochs_mean_counts_clips_and_the_gradient_is_clipped(tmp_path, monkeypatch):
+    """40 clips in batches of 16, 16 and 8: each clip counts once. The norm of every step's gradient is at most the config's."""
+    written(tmp_path / "data", learnable())
+    steps, norms, losses, whole, step = [], [], corrkd.CorrKD.losses, train.train_epoch, torch.optim.Adam.step
+    monkeypatch.setattr(evaluation, "fit_linear", lambda *a: None)
+
+    def counted(self, complete, *more):
+        terms = losses(self, complete, *more)
+        steps.append((len(complete["text"]), terms["task"].item()))
+        return terms
+
+    def watched(self, *a):
+        norms.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"] if p.grad is not None]).norm().item())
+        return step(self, *a)
+    monkeypatch.setattr(corrkd, "ABLATIONS", {"tight": {"clip": .01, "student": False}, "loose": {"clip": 0.0, "student": False}})
+    monkeypatch.setattr(corrkd.CorrKD, "losses", counted)
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    run(tmp_path, "--ablate", "tight", "loose", epochs="1")
+    told = history(tmp_path, "mosi/corrkd-tight/s1")[0]["losses"]["task"]
+    assert sorted(n for n, _ in steps[:3]) == [8, 16, 16] and told == pytest.approx(sum(n * v for n, v in steps[:3]) / 40, rel=1e-6)
+    assert all(v <= .01 + 1e-6 for v in norms[:3]) and all(v > .05 for v in norms[3:])
 
 
 def test_training_masks_are_drawn_anew_in_every_epoch(tmp_path, monkeypatch):
@@ -909,12 +933,17 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
 
 USER_ERRORS = {
     "no data": (["train.py", "--dataset", "mosei"], "No file of mosei in data"),
-    "no such file": (["train.py", "--data-dir", "nowhere.pkl"], "No file of mosi in nowhere.pkl"),
+    "no file in it": (["train.py", "--data-dir", "run"], "No file of mosi in run"),
     "damaged data": (["train.py", "--data-dir", "bad.pkl"], "bad.pkl is refused"),
     "unknown ablation": (["train.py", "--synthetic", "--ablate", "no_sdc"], "no_sdc: corrkd has no_scd"),
     "no such device": (["train.py", "--synthetic", "--device", "cuda:77"], "has no such device"),
     "zero epochs": (["train.py", "--synthetic", "--epochs", "0"], "--epochs must be greater than 0"),
     "out is a file": (["train.py", "--synthetic", "--limit", "40", "--out", "bad.pkl"], "cannot be made"),
+    "no such folder": (["train.py", "--data-dir", "gone"], "No file of mosi in gone, which does not exist"),
+    "a file for a run": (["eval.py", "bad.pkl"], "bad.pkl is a file: name a run folder"),
+    "csv nowhere": (["eval.py", "run", "--csv", "gone/t.csv"], "--csv gone/t.csv cannot be written"),
+    "json a folder": (["eval.py", "run", "--json", "run"], "--json run cannot be written"),
+    "predictions nowhere": (["eval.py", "run", "--predictions", "gone/p.csv"], "--predictions gone/p.csv cannot be written"),
     "no run": (["eval.py", "nothing"], "there is no model.pt in it"),
     "damaged run": (["eval.py", "run"], "damaged or no checkpoint"),
     "another checkpoint": (["eval.py", "other"], "no checkpoint of this version of train.py"),
@@ -947,6 +976,20 @@ def test_a_users_mistake_is_told_in_a_sentence(tmp_path, name, monkeypatch, caps
     assert code == (1 if "check" in arguments else 2), error
     assert said in error and "Traceback" not in error and len(error.splitlines()) <= 2, error
     assert sorted(p for p in tmp_path.rglob("*")) == before
+
+
+def test_a_reader_that_leaves_early_is_no_error(trained):
+    """As in `eval.py ... | head -1`."""
+    arguments = ROOT / "eval.py", trained / "runs" / "mosi/corrkd/s1", "--protocol", "combos"
+    with subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
+def test_a_stop_while_torch_is_imported_is_told_in_a_word():
+    for name in ("train", "eval", "data"):
+        code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; sys.modules['torch'] = None\ntry: import {name}\nexcept ImportError: pass\nraise KeyboardInterrupt"
+        assert program("-c", code).stderr == "stopped\n", name
 
 
 @pytest.mark.parametrize("module", [train, evaluation, data])

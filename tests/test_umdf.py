@@ -192,6 +192,8 @@ def test_dropout_by_random_bytes():
         for lag in (*range(1, 17), 64):
             assert abs((centred[lag:] * centred[:-lag]).mean().item()) < .02, lag
         assert not torch.equal(got, drop(x)) and torch.equal(drop.eval()(x), x)
+    share = (umdf.Dropout(.1)(torch.ones(2000, 2000)) != 0).float().mean().item()
+    assert abs(share - 230 / 256) < .001            # 6 deviations; one byte value more or less is .004
     assert umdf.Dropout(.1)(torch.ones(3)).shape == (3,) and umdf.Dropout(.1)(torch.ones(0, 2, dtype=torch.float64)).dtype == torch.float64
     frame = torch.randn(5, 7, requires_grad=True)
     out = umdf.Dropout(.5)(frame)
