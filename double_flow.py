@@ -392,13 +392,13 @@ class DoubleFlow(nn.Module):
             theirs = OFFICIAL[prefix] + name.removeprefix(prefix)
             if theirs not in official:
                 wrong.append(f"{theirs} is missing")
-            elif tuple(official[theirs].shape) != tuple(own.shape):
+            elif official[theirs].shape != own.shape:
                 wrong.append(f"{theirs} has shape {tuple(official[theirs].shape)}, not {tuple(own.shape)}")
             else:
                 state[name] = official[theirs]
         if wrong:
-            raise ValueError(f"not the weights of this network: {'; '.join(wrong[:3])}"
-                             + f" and {len(wrong) - 3} more" * (len(wrong) > 3))
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise ValueError(f"not the weights of this network: {'; '.join(wrong[:3])}{more}")
         self.load_state_dict(state)
 
 

@@ -134,14 +134,15 @@ def predict(model, split: dict, masks: list[dict], size: int = 256, head=None) -
     for index, place, streams, real in data.ahead(split, read):
         known = {}
         for present, form, output in zip(kept, forms, outputs):
-            left = {m: streams[m] * present[m][place, :streams[m].shape[1], None] for m in STREAMS}
+            def left(m):
+                return streams[m] * present[m][place, :streams[m].shape[1], None]
             if not model.encode:
-                output.append(head(model.represent({**streams, **left}, real)))
+                output.append(head(model.represent({**streams, **{m: left(m) for m in STREAMS}}, real)))
                 continue
             for m in STREAMS:
                 if (m, form[m]) not in known or form[m] == "part":
-                    known[m, form[m]] = (absent(model, m, left[m], lengths[m][index]) if form[m] == "absent"
-                                         else model.encode(m, left[m], real[m]))
+                    known[m, form[m]] = (absent(model, m, streams[m], lengths[m][index]) if form[m] == "absent"
+                                         else model.encode(m, left(m), real[m]))
             output.append(head(torch.cat([known[m, form[m]] for m in STREAMS], dim=-1)))
     return [torch.cat(output)[there.argsort()] for output in outputs]
 

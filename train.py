@@ -444,10 +444,10 @@ def one_run(args, run: dict, loaded: dict, device: torch.device, tell) -> Path:
     return folder
 
 
-def work(args, ablation: str, seed: int, first: bool) -> Path:
+def work(args, ablation: str, seed: int, first: bool, threads: int) -> Path:
     """One run in a process of side_by_side, which loads the data for its first one and keeps it."""
+    torch.set_num_threads(threads)
     if not KEPT:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
         torch.use_deterministic_algorithms(args.deterministic)
         device = evaluation.device_named(args.device)
         KEPT.update(device=device, loaded=load(args, device))
@@ -466,7 +466,11 @@ def side_by_side(args, plan: list) -> dict:
     with ProcessPoolExecutor(args.jobs, context, tqdm.set_lock, (context.RLock(),)) as pool:
         # A stop from the keyboard is for this process, which then ends the others.
         stopping = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        coming = {pool.submit(work, args, *one, one == plan[0]): one for one in plan}
+        coming = {}
+        for i, one in enumerate(plan):
+            beside = min(args.jobs, len(plan) - i // args.jobs * args.jobs)      # in the last round there may be fewer
+            threads = max(1, (os.cpu_count() or 1) // beside)
+            coming[pool.submit(work, args, *one, i == 0, threads)] = one
         signal.signal(signal.SIGINT, stopping)
         try:
             for future in as_completed(coming):
