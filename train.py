@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 import eval as evaluation
-from data import STREAMS, DataError
+from data import DataError
 from eval import METHODS
 
 AVERAGED = 5    # epochs whose weights are averaged: our choice, see the README

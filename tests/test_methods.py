@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import data
 import eval as evaluation
@@ -106,6 +107,79 @@ def test_dropout_stands_where_the_equations_have_it(name, monkeypatch):
     x, target = {m: torch.randn(B, T, d) for m, d in WIDTHS.items()}, torch.arange(B) % 2 if name == "corrkd" else torch.randn(B)
     model.train().losses(x, x, target, None, *([model.teacher_outputs(x)] if model.has_teacher else []))
     assert sorted(seen) == sorted(DROPS[name])
+
+
+FORMS = [("corrkd", "polarity", {}, False), ("umdf", "regression", {}, False), ("umdf", "emotions", {"aligned": False}, False),
+         ("double_flow", "regression", {}, False), ("double_flow", "regression", {}, True)]      # the last: simulated text is carried
+
+
+def made(name, task, changes, carried, n=5):
+    """A model in double precision and evaluation mode, clips of several lengths with zeros behind, and their real masks."""
+    torch.manual_seed(0)
+    module, dims = evaluation.METHODS[name], {**WIDTHS, **({"simulated_text": 12} if carried else {})}
+    model = module.Model(dims, task, dataclasses.replace(module.Config(), **changes)).double().eval()
+    for p in model.parameters() if name == "double_flow" else ():       # as PyTorch draws them, all clips get nearly one answer
+        p.data *= 1.9 if p.ndim > 1 else 1
+    frames = dict.fromkeys(dims, 8) if name == "umdf" and not changes else dict(zip(dims, (9, 6, 8, 11)))
+    length = {m: torch.randint(1, t + 1, (n, 1)) for m, t in frames.items()}
+    if len(set(frames.values())) == 1:
+        length = dict.fromkeys(dims, length["text"])
+    real = {m: torch.arange(t) < length[m] for m, t in frames.items()}
+    return model, {m: torch.randn(n, t, dims[m], dtype=torch.float64) * real[m][..., None] for m, t in frames.items()}, real
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_prediction_depends_neither_on_padding_nor_on_the_batch(form):
+    model, x, real = made(*form)
+    if len({v.shape[1] for v in x.values()}) > 1:
+        x["vision"][3], real["vision"][3] = 0, False        # a clip without a frame in one stream
+    if form[0] == "double_flow":
+        x["text"][1] = 0                                    # a clip of the missing flow
+    same = lambda got, expected: torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    expected = model(**x, real=real)
+    for size in (20, 50):
+        for front in (False, True):
+            pad = lambda v: F.pad(v, [0] * 2 * (v.ndim - 2) + ([size - v.shape[1], 0] if front else [0, size - v.shape[1]]))
+            same(model(**{m: pad(v) for m, v in x.items()}, real={m: pad(r) for m, r in real.items()}), expected)
+    for i in (0, 1, 2, 4):      # alone, cut to its own length, without any mask; cut streams may agree in length by accident
+        same(model(**{m: v[i:i + 1, :real[m][i].sum()] for m, v in x.items()}), expected[i:i + 1])
+    order = torch.randperm(5)
+    same(model(**{m: v[order] for m, v in x.items()}, real={m: r[order] for m, r in real.items()}), expected[order])
+    noisy = {m: torch.where(real[m][..., None], v, 7.0) for m, v in x.items()}      # what stands in padding is not seen
+    if form[0] != "double_flow":        # there it tells which flow a clip takes
+        same(model(**noisy, real=real), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_dropped_frame_is_seen(form):
+    """Zeros inside a clip count as positions; were they treated as padding, the clip would look shorter."""
+    model, x, real = made(*form)
+    real = {m: torch.ones_like(r) for m, r in real.items()}
+    last = torch.tensor([x["text"].shape[1] - 1])
+    dropped = {**x, "text": (x["text"] + 1).index_fill(1, last, 0.0)}
+    shorter = {**real, "text": real["text"].index_fill(1, last, False)}
+    assert (model(**dropped, real=real) - model(**dropped, real=shorter)).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_can_learn_one_batch_in_each_stage(form, monkeypatch):
+    """Without dropout. Complete clips; for Double-Flow also those whose text is missing."""
+    module = evaluation.METHODS[form[0]]
+    for kind in {getattr(module, "Dropout", None), getattr(module, "Half", None), torch.nn.Dropout} - {None}:
+        monkeypatch.setattr(kind, "forward", lambda self, x: x)
+    model, x, real = made(*form, n=6)
+    model, x = model.float(), {m: v.float() for m, v in x.items()}
+    target = {"polarity": torch.arange(6) % 2, "regression": torch.linspace(-2, 2, 6), "emotions": torch.arange(24).view(6, 4) // 3 % 2}[form[1]]
+    for stage in model.stages:
+        model.begin(stage)
+        optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=5e-4 if form[0] == "double_flow" else 4e-3)
+        for _ in range(60):
+            optimizer.zero_grad()
+            model.train().losses(x, x, target, real)["total"].backward()
+            optimizer.step()
+        for streams in (x, {**x, "text": x["text"] * 0})[:2 if form[0] == "double_flow" else 1]:
+            answer = model.eval()(**streams, real=real)
+            assert F.mse_loss(answer[:, 0], target) < .1 if form[1] == "regression" else torch.equal(answer.argmax(-1), target), stage
 
 
 def test_the_programs_guess_nothing_of_a_method():

@@ -247,7 +247,7 @@ def test_a_stage_ends_with_the_mean_of_the_weights_of_its_last_five_epochs(tmp_p
 def test_an_epochs_mean_counts_clips_and_the_gradient_is_clipped(tmp_path, monkeypatch):
     """40 clips in batches of 16, 16 and 8: each clip counts once. The norm of every step's gradient is at most the config's."""
     written(tmp_path / "data", learnable())
-    steps, norms, losses, whole, step = [], [], corrkd.CorrKD.losses, train.train_epoch, torch.optim.Adam.step
+    steps, norms, losses, step = [], [], corrkd.CorrKD.losses, torch.optim.Adam.step
     monkeypatch.setattr(evaluation, "fit_linear", lambda *a: None)
 
     def counted(self, complete, *more):
@@ -910,7 +910,7 @@ def test_processes_side_by_side_stay_and_share_the_plan(tmp_path, monkeypatch, c
         here, there = (torch.load(root / path, weights_only=True)["model"] for root in (tmp_path / "runs", tmp_path / "alone"))
         assert equal(here, there), path
     tables = [text[text.index("validation, umdf on"):].split("validation, umdf no_rep")[0] for text in (said.out, one)]
-    assert tables[0] == tables[1]
+    assert tables[0] == tables[1] and one.strip().endswith(f"the test table: python eval.py {tmp_path / 'runs' / 'mosi'}")     # one folder
 
 
 @pytest.mark.long
