@@ -8,6 +8,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))     # th
 
 
 def pytest_configure(config):
+    config.option.reportchars += "s"        # why tests were skipped is told at the end
     config.addinivalue_line("markers", "long: slow tests, of kills and of many processes; run by -m long")
 
 

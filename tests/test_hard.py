@@ -81,7 +81,7 @@ HOSTILE = {
     "a bytearray of 64 GB": (b"\x80\x05\x96\x00\x00\x00\x00\x10\x00\x00\x00abc.", ""),
     "a frame of 64 GB": (b"\x80\x04\x95\x00\x00\x00\x00\x10\x00\x00\x00abc.", "is refused"),
     "a number of 2 GB": (b"\x80\x02\x8b\xff\xff\xff\x7fabc.", ""),
-    "a number of a million digits": (b"I" + b"9" * 10 ** 6 + b"\n.", "ValueError"),
+    "a number of a million digits": (b"(I" + b"9" * 10 ** 6 + b"\nl.", "ValueError"),
     "huge keys": (b"\x80\x02}\x8b" + struct.pack("<I", 10 ** 5) + b"\x7f" * 10 ** 5 + b"I1\ns.", "a dict of int"),
     "lists of lists of lists": (pickle.dumps({s: {"text": nested(40, 10)} for s in SPLITS}), "deeper than any data set"),
     "a wide memo bomb": (pickle.dumps({s: {"text": nested(4, 1000)} for s in SPLITS}), "more values than it has bytes"),
