@@ -1,4 +1,5 @@
 """umdf.py against its equations written out clip by clip, and the properties that its docstring promises."""
+import inspect
 import math
 import re
 from dataclasses import replace
@@ -202,6 +203,13 @@ def test_dropout_by_random_bytes():
     for p in (1.0, -.1):
         with pytest.raises(ValueError, match="dropout must be"):
             umdf.Dropout(p)
+
+
+def test_dropout_and_positions_are_those_of_corrkd():
+    import corrkd
+    for name in ("__init__", "forward"):
+        assert inspect.getsource(getattr(corrkd.Dropout, name)) == inspect.getsource(getattr(umdf.Dropout, name))
+    assert inspect.getsource(corrkd.sinusoid) == inspect.getsource(umdf.sinusoid)
 
 
 def test_each_pass_has_its_own_dropout():
