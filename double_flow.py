@@ -48,9 +48,10 @@ Use in another code base (this file needs torch alone), as train.py trains it:
             optimizer.zero_grad()
             model.losses(complete, None, target, real)["total"].backward()      # None: no clips with dropped frames
             optimizer.step()
-    # train.py takes the mean of the weights after each of the last five epochs
+    # (*) train.py takes the mean of the weights after each of the last five epochs
     sentiment = model.eval()(text, audio, vision, real)         # (B, 1); a clip whose text is all zeros takes
                                                                 # the missing flow
+
 complete: {"text": (B, T, 300), ...}, and where the model was built with dims["simulated_text"] also "simulated_text",
 (B, T, 300), which forward takes as its last argument; target (B,): sentiment; real: {"text": torch.arange(T) <
 lengths[:, None], ...}, True = not padding, or None: then padding counts as frames.

@@ -21,7 +21,7 @@ import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import data
+import data         # first: it tells a stop while torch is imported
 import numpy as np
 import torch
 from sklearn.linear_model import Ridge
@@ -150,8 +150,8 @@ def predict(model, split: dict, masks: list[dict], size: int = 256, head=None) -
 def evaluate(model, task: str, split: dict, conditions, name: str, mask_seed: int = 0, size: int = 256,
              clips: list | None = None) -> dict:
     """For each condition (a set like "la", or a rate of dropped frames): {"n": clips that count, "realised": dropped
-    shares, metric: value}. clips: a list that gets each clip's answer, (condition, position in the
-    split, truth, answer, probability of class 1 or None)."""
+    shares, metric: value}. clips: a list that gets each clip's answer, (condition, position in the split, truth,
+    answer, probability of class 1 or None)."""
     (index, truth), result = (x.cpu() for x in targets(split["label"], task)), {}
     masks = [data.evaluation_masks(split["real"], c, name, mask_seed) for c in conditions]
     for condition, present, output in zip(map(str, conditions), masks, predict(model, split, masks, size)):
@@ -233,10 +233,11 @@ def run_record(method: str, dataset: str, ablation: str, seed, config, loaded: d
 def settings(run: dict) -> dict:
     """A run record as one level, without what may differ between runs that are the same: where the data lies. An
     UnpicklingError for what is no run record of this version."""
+    told = {"sha256", "file", "synthetic", "sizes", "notes", "arguments"}
     try:
         source, config, known = run["data"], run["config"], asdict(METHODS[run["method"]].Config())
         whole = (len(run) == 13 and run["format"] == FORMAT and run["dataset"] in data.SIZES
-                 and set(config) == set(known) and {"sha256", "file", "synthetic", "sizes", "notes", "arguments"} <= set(source))
+                 and set(config) == set(known) and told <= set(source))
     except (KeyError, TypeError):
         whole = False
     if not whole:
@@ -569,7 +570,7 @@ def plot_curves(reports: list, path: Path) -> None:
     standard deviation, a star the paper's number where nothing is dropped. At most six ablations a panel; the full
     methods are in all of them, drawn last and thickest. reports: (groups, rows)."""
     of = {name: results[0] for groups, _ in reports for name, results in groups.items()}
-    order = sorted(of, key=lambda name: bool(of[name]["run"]["ablation"]))      # full methods first, styled alike in all
+    order = sorted(of, key=lambda name: bool(of[name]["run"]["ablation"]))      # full methods first, alike in all
     panels = []
     for groups, rows in reports:
         ablated = [n for n in order if n in groups and of[n]["run"]["ablation"]]
@@ -742,7 +743,11 @@ def main(argv=None) -> int:
         for same in tables.values():
             groups = dict(zip(names(same), same))
             reports.append((groups, tabulate(groups, args)))
-            show_report(*reports[-1], args)
+            try:
+                show_report(*reports[-1], args)
+                sys.stdout.flush()
+            except BrokenPipeError:     # as in `eval.py ... | head`: the files that are asked for are still written
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if args.json:
             with data.replacing(args.json) as file:
                 file.write(json.dumps([{"runs": sum(groups.values(), []), "rows": rows} for groups, rows in reports],
@@ -760,13 +765,9 @@ def main(argv=None) -> int:
             plot_tsne([(n, folders[id(g)]) for groups, _ in reports for n, g in groups.items()], args, device, cache)
         elif args.plot:
             plot_curves(reports, args.plot)
-        sys.stdout.flush()
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:         # as in `eval.py ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except KeyboardInterrupt:
         print("\nstopped; what was evaluated is in each run's results.json", file=sys.stderr)
         return 130

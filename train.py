@@ -4,8 +4,8 @@
     python train.py --method corrkd --dataset mosei --synthetic         made-up data, nothing to download
 
 A run is runs/<dataset>[-synthetic]/<method>[-<ablation>]/s<seed>/ with config.json, log.jsonl (one line an epoch),
-model.pt (the mean of the weights after each of the last five epochs) and last.pt. An interrupted run goes on by the same
-command, to the same numbers.
+model.pt (the mean of the weights after each of the last five epochs) and last.pt. An interrupted run goes on by the
+same command, to the same numbers.
 """
 import argparse
 import io
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import data
+import data         # first: it tells a stop while torch is imported
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -163,8 +163,8 @@ def save(path: Path, content: dict) -> None:
 
 
 def save_epoch(folder: Path, state: dict, answer: dict | None) -> None:
-    """last.pt, all that the next epoch depends on, which alone decides where a run goes on. model.pt, from the last stage
-    on, goes before it and the log after it, which is always the history of last.pt."""
+    """last.pt, all that the next epoch depends on, which alone decides where a run goes on. model.pt, which the last
+    stage writes, goes before it and the log after it, which is always the history of last.pt."""
     if answer:
         save(folder / "model.pt", answer)
     save(folder / "last.pt", state)
@@ -308,7 +308,8 @@ def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: di
             state.update(stage=number, epoch=epoch + 1, finished=last and epoch + 1 == config.epochs, recent=recent,
                          model=model.state_dict(), optimizer=optimizer.state_dict(),
                          random=random_state(clips.generator, device))
-            answer = {"run": run, "stats": loaded["stats"], "linear": linear, "epoch": epoch + 1, "model": state["model"]}
+            answer = {"run": run, "stats": loaded["stats"], "linear": linear, "epoch": epoch + 1,
+                      "model": state["model"]}
             save_epoch(folder, state, answer if last else None)
             tell(f"{name}  {terms_text(losses)}  {valid_text(found, model.stages[stage])}  "
                  f"{time.perf_counter() - began:.1f} s", 1)
@@ -413,10 +414,10 @@ def progress(total: int, name: str = "", place: int = 0):
     with tqdm(total=total, desc=name, position=place, unit="epoch", leave=False, disable=hidden) as bar:
         def tell(line: str, epochs: int = 0) -> None:
             if name and not hidden:
-                bar.set_postfix_str(line)
+                bar.set_postfix_str(line.strip())
             else:
                 with tqdm.external_write_mode():
-                    print(f"{name}: {line}" if name else line, flush=True)
+                    print(f"{name}: {line.strip()}" if name else line, flush=True)
             bar.update(epochs)
         yield tell
 

@@ -43,10 +43,10 @@ Use in another code base (this file needs torch alone), as train.py trains it:
         model.losses(complete, missing, target, real)["total"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), model.config.clip)
         optimizer.step()
-    # train.py takes the mean of the weights after each of the last five epochs
+    # train.py takes the mean of the weights after each of the last five epochs: our choice
     sentiment = model.eval()(text, audio, vision, real)         # (B, 1)
 
-complete, missing: {"text": (B, T, 300), ...}, the same clips whole and with dropped frames zeroed; target (B,): sentiment;
+complete, missing: {"text": (B, T, 300), ...}, the same clips whole and with dropped frames zeroed; target (B,): scores;
 real: {"text": torch.arange(T) < lengths[:, None], ...}, True = not padding, or None: then padding counts as frames.
 """
 import math
@@ -286,7 +286,7 @@ class UMDF(nn.Module):
             raise ValueError(f"no {' and no '.join(lacking)} among the streams: a missing one is given as zeros")
         lengths = [streams[m].shape[1] for m in STREAMS]
         if self.config.aligned and len(set(lengths)) > 1:
-            raise ValueError(f"streams of {lengths} frames are not aligned: build UMDF(dims, task, Config(aligned=False))")
+            raise ValueError(f"streams of {lengths} frames are not aligned: give UMDF a Config(aligned=False)")
         f = {m: self.encoders[m](streams[m], real and real[m]) for m in STREAMS}
         return self.integrate(self.interact(f, real), real)
 
