@@ -305,8 +305,9 @@ def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: di
             model.load_state_dict(averaged(recent), strict=False)
             found = evaluation.evaluate(model, run["task"], loaded["valid"], sets, "valid")
             state["history"].append({"stage": stage, "epoch": epoch + 1, "losses": losses, "valid": found})
-            state.update(stage=number, epoch=epoch + 1, finished=last and epoch + 1 == config.epochs, recent=recent,
-                         model=model.state_dict(), optimizer=optimizer.state_dict(),
+            finished = last and epoch + 1 == config.epochs      # then nothing goes on from here
+            state.update(stage=number, epoch=epoch + 1, finished=finished, recent=[] if finished else recent,
+                         model=model.state_dict(), optimizer={} if finished else optimizer.state_dict(),
                          random=random_state(clips.generator, device))
             answer = {"run": run, "stats": loaded["stats"], "linear": linear, "epoch": epoch + 1,
                       "model": state["model"]}
@@ -314,8 +315,9 @@ def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: di
             tell(f"{name}  {terms_text(losses)}  {valid_text(found, model.stages[stage])}  "
                  f"{time.perf_counter() - began:.1f} s", 1)
             model.load_state_dict(recent[-1], strict=False)
-        model.load_state_dict(averaged(state["recent"]), strict=False)
-        state.update(epoch=0, recent=[])
+        if not last:
+            model.load_state_dict(averaged(state["recent"]), strict=False)
+            state.update(epoch=0, recent=[])
 
 
 def dry(run: dict, loaded: dict, device: torch.device, tell) -> None:

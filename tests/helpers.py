@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import double_flow
 import train
 from data import SPLITS
 
@@ -105,6 +106,14 @@ def history(folder, name="mosi/corrkd/s1"):
 
 def parameters(folder, name="mosi/corrkd/s1"):
     return torch.load(folder / "runs" / name / "model.pt", weights_only=True)["model"]
+
+
+def official_names(model):
+    """Double-Flow's weights under the names of the official code."""
+    def name(key):
+        prefix = max((p for p in double_flow.OFFICIAL if key.startswith(p)), key=len)
+        return double_flow.OFFICIAL[prefix] + key.removeprefix(prefix)
+    return {name(k): v for k, v in model.state_dict().items()}
 
 
 def equal(a, b):

@@ -17,7 +17,7 @@ import double_flow
 import eval as evaluation
 import train
 import umdf
-from helpers import ROOT, equal, feature_folders, history, learnable, parameters, written
+from helpers import FOLDERS, ROOT, equal, feature_folders, history, learnable, official_names, parameters, written
 
 aten, CPU, CUDA = torch.ops.aten, torch.device("cpu"), torch.device("cuda:0")
 WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.equal}
@@ -34,8 +34,7 @@ def refuse(what):
 
 
 def wait(what):
-    counted["waits"] += 1
-    counted[f"wait: {what}, {line()}"] += 1
+    counted.update(["waits", f"wait: {what}, {line()}"])
 
 
 class Pretend(torch.Tensor):
@@ -123,9 +122,7 @@ class Device(TorchFunctionMode):
         elif on_cuda(kwargs.get("device")):
             if kwargs.get("generator") is not None:
                 refuse(f"{name} with a generator of the CPU")
-            if isinstance(x, Pretend):
-                return func(*args, **{**kwargs, "device": CPU})
-            return Pretend(func(*args, **{**kwargs, "device": CPU}))
+            return there(func(*args, **{**kwargs, "device": CPU}))
         return func(*args, **kwargs)
 
 
@@ -142,13 +139,14 @@ def cuda(monkeypatch):
     def moved(self, device):
         for module in self.modules() if on_cuda(device) else ():
             for name, p in module._parameters.items():
-                module._parameters[name] = p if p is None or isinstance(p, Pretend) else torch.nn.Parameter(Pretend(p.detach()), p.requires_grad)
+                module._parameters[name] = p if p is None else torch.nn.Parameter(there(p.detach()), p.requires_grad)
         return self if on_cuda(device) else move(self, device)
 
     def set_state(state, device):
         if isinstance(state, Pretend):
             refuse("a random state on the device")
         torch.set_rng_state(state)
+
     def grouped(lists):         # written in C++, where the pretence does not reach
         return {(lists[0][0].device, lists[0][0].dtype): (lists, None)}
     monkeypatch.setattr(torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", grouped)
@@ -176,31 +174,37 @@ def command(tmp_path, method, *more, device="cuda"):
                        "--epochs", "2", "--lr", "0.002", "--batch-size", "8", "--seeds", "1", "--device", device, *more])
 
 
+def stopped_once(monkeypatch, stage):
+    """A stop from the keyboard behind the first epoch of this stage."""
+    store, stop = train.save_epoch, [KeyboardInterrupt]
+
+    def stopping(folder, state, answer):
+        store(folder, state, answer)
+        if stop and state["stage"] == stage:
+            raise stop.pop()
+    monkeypatch.setattr(train, "save_epoch", stopping)
+
+
 STEP = {"corrkd": 2, "umdf": 2, "double_flow": 2}     # copies a step: one index, one of all masks
 
 
 @pytest.mark.parametrize("method", STEP)
 def test_a_run_stops_goes_on_and_is_evaluated_on_the_device(tmp_path, monkeypatch, cuda, method):
     written(tmp_path / "data", learnable(n=20))
-    store, epoch, steps, stop = train.save_epoch, train.train_epoch, [], [KeyboardInterrupt]
+    epoch, steps = train.train_epoch, []
 
     def watched(model, optimizer, clips, config, name):
         before = counted.copy()
         losses = epoch(model, optimizer, clips, config, name)
-        steps.append((-(-len(clips.index) // config.batch_size), counted["copies"] - before["copies"], counted["waits"] - before["waits"], {k: v for k, v in (counted - before).items() if "wait:" in k}))
+        steps.append((-(-len(clips.index) // config.batch_size), counted - before))
         return losses
-
-    def stopping(*state):
-        store(*state)
-        if stop:
-            raise stop.pop()
     monkeypatch.setattr(train, "train_epoch", watched)
-    monkeypatch.setattr(train, "save_epoch", stopping)
+    stopped_once(monkeypatch, stage=0)
     assert command(tmp_path, method) == 130 and command(tmp_path, method) == 0
     stages = ["teacher", "student"] if method == "corrkd" else ["train"]
     assert [h["stage"] for h in history(tmp_path, f"mosi/{method}/s1")] == [s for s in stages for _ in range(2)]
-    for count, copies, waits, where in steps:
-        assert count == 3 and copies == STEP[method] * count and waits == 1, where
+    for count, seen in steps:
+        assert count == 3 and seen["copies"] == STEP[method] * count and seen["waits"] == 1, seen
     whole = tmp_path / "whole"
     written(whole / "data", learnable(n=20))
     assert command(whole, method) == 0
@@ -217,13 +221,7 @@ def test_a_run_stops_goes_on_and_is_evaluated_on_the_device(tmp_path, monkeypatc
 @pytest.mark.parametrize("first, second", [("cpu", "cuda"), ("cuda", "cpu")])
 def test_a_run_goes_on_on_another_device(tmp_path, monkeypatch, cuda, first, second):
     written(tmp_path / "data", learnable(n=12))
-    store, stop = train.save_epoch, [KeyboardInterrupt]
-
-    def stopping(*state):
-        store(*state)
-        if stop and state[1]["stage"] == 1:
-            raise stop.pop()
-    monkeypatch.setattr(train, "save_epoch", stopping)
+    stopped_once(monkeypatch, stage=1)
     assert command(tmp_path, "corrkd", device=first) == 130 and command(tmp_path, "corrkd", device=second) == 0
     assert len(history(tmp_path)) == 4
     assert evaluation.main([str(tmp_path / "runs"), "--device", second, "--protocol", "combos"]) == 0
@@ -233,11 +231,8 @@ def test_feature_folders_and_published_weights(tmp_path, cuda, capsys):
     where, *_ = feature_folders(tmp_path / "features")
     more = ["--features", *(f"{m}={d}" for m, d in where["features"].items()), "--labels", str(where["labels"])]
     assert command(tmp_path, "double_flow", *more) == 0
-    model = double_flow.DoubleFlow({m: {"audio": 5, "text": 6, "vision": 4, "simulated_text": 6}[m] for m in where["features"]}, "regression",
-                                   double_flow.Config(mia="off"))
-    long = sorted(double_flow.OFFICIAL, key=len, reverse=True)
-    rename = lambda name: next(double_flow.OFFICIAL[p] + name.removeprefix(p) for p in long if name.startswith(p))
-    torch.save({rename(k): v for k, v in model.state_dict().items()}, tmp_path / "published.pth")
+    model = double_flow.DoubleFlow(FOLDERS, "regression", double_flow.Config(mia="off"))
+    torch.save(official_names(model), tmp_path / "published.pth")
     assert command(tmp_path, "double_flow", *more, "--official", str(tmp_path / "published.pth")) == 0
     assert evaluation.main([str(tmp_path / "runs"), "--device", "cuda"]) == 0, capsys.readouterr().err
 

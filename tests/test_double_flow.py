@@ -11,6 +11,7 @@ import torch
 
 import double_flow
 from double_flow import ORDER, STREAMS, Config, DoubleFlow, rank_n_contrast
+from helpers import official_names
 
 GOLDEN = Path(__file__).resolve().parent / "golden"      # numbers of the official code, see the README there
 DIMS = {"text": 12, "audio": 7, "vision": 5}
@@ -126,10 +127,7 @@ def test_rank_n_contrast_is_the_official_one(case, dtype, prefix, tolerance):
 def test_a_published_checkpoint_is_read_by_its_names(tmp_path):
     """With and without "model.", inside "state_dict" or bare; unused entries ignored; what does not fit is named."""
     source = model_of(dims=CARRIED)
-    theirs = {}
-    for name, value in source.state_dict().items():
-        prefix = max((p for p in double_flow.OFFICIAL if name.startswith(p)), key=len)
-        theirs[double_flow.OFFICIAL[prefix] + name.removeprefix(prefix)] = value
+    theirs = official_names(source)
     assert len(theirs) == len(source.state_dict())
     theirs["fc_out_e.weight"] = torch.zeros(1, 128)
     for content in (theirs, {"state_dict": {f"model.{k}": v for k, v in theirs.items()}, "epoch": 3}):

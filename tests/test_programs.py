@@ -23,7 +23,7 @@ import eval as evaluation
 import train
 import umdf
 from data import SPLITS, STREAMS
-from helpers import ROOT, begun, content, equal, feature_folders, history, learnable, parameters, program, run, written
+from helpers import ROOT, begun, content, equal, feature_folders, history, learnable, official_names, parameters, program, run, written
 
 
 @pytest.fixture(scope="module")
@@ -161,10 +161,11 @@ def test_a_run_learns_and_leaves_what_the_help_says(trained):
     assert checkpoint["epoch"] == 3 and checkpoint["run"]["config"]["lr"] == 4e-3
     assert set(lines[0]["valid"]) == {"lav"} and set(lines[-1]["valid"]) == set(data.SETS)
     assert lines[-1]["valid"]["l"]["n"] == 30 and lines[-1]["valid"]["l"]["F1"] > 90
-    torch.load(folder / "last.pt", weights_only=True)
+    last = torch.load(folder / "last.pt", weights_only=True)
+    assert last["finished"] and last["recent"] == [] and last["optimizer"] == {}        # nothing goes on from here: no weight twice
     config = json.loads((folder / "config.json").read_text())
     assert config["run"]["data"]["sha256"] == data.sha256(trained / "data" / "mosi_data.pkl") and config["commit"] and config["versions"]["torch"]
-    assert checkpoint["run"] == config["run"] == torch.load(folder / "last.pt", weights_only=True)["run"]      # one record, whole in each
+    assert checkpoint["run"] == config["run"] == last["run"]      # one record, whole in each
 
 
 def test_two_runs_are_bit_equal_and_seeds_differ(trained, tmp_path):
@@ -384,14 +385,6 @@ def test_simulated_text_in_a_pickle_is_named_by_both_programs(tmp_path, capsys):
     assert evaluation.main([str(tmp_path / "runs" / "mosi/double_flow/s1"), "--protocol", "combos"]) == 0
     out = capsys.readouterr().out
     assert out.count("simulated text: from the data") == 2 and "learned from audio" not in out
-
-
-def official_names(model):
-    """The weights under the names of the official code."""
-    def name(key):
-        prefix = max((p for p in double_flow.OFFICIAL if key.startswith(p)), key=len)
-        return double_flow.OFFICIAL[prefix] + key.removeprefix(prefix)
-    return {name(k): v for k, v in model.state_dict().items()}
 
 
 def test_feature_folders_from_training_to_table(tmp_path, capsys):
