@@ -42,13 +42,11 @@ class Pretend(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
     device, is_cuda = property(lambda self: CUDA), property(lambda self: True)
 
-    @staticmethod
     def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, inner.stride(), inner.storage_offset(),
+        self = torch.Tensor._make_wrapper_subclass(cls, inner.shape, inner.stride(), inner.storage_offset(),
                                                    dtype=inner.dtype, requires_grad=inner.requires_grad)
-
-    def __init__(self, inner):
         self.inner = inner
+        return self
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -65,12 +63,9 @@ class Pretend(torch.Tensor):
             refuse(f"{op} of tensors on both devices, of shapes {[tuple(t.shape) for t in inside if isinstance(t, torch.Tensor)]}")
         if isinstance(kwargs.get("generator"), torch.Generator):
             refuse(f"{op} with a generator of the CPU")
-        bools = op in (aten.index, aten.index_put_) and any(t is not None and t.dtype is torch.bool for t in args[1])
-        if op in WAITS or bools:
+        if op in WAITS or op in (aten.index, aten.index_put_) and any(t is not None and t.dtype is torch.bool for t in args[1]):
             wait(op)
-        if "device" in kwargs:
-            kwargs["device"] = CPU
-        out = func(*map(bare, args), **bare(kwargs))
+        out = func(*map(bare, args), **bare({**kwargs, **({"device": CPU} if "device" in kwargs else {})}))
         if func._schema.name.endswith("_") and isinstance(args[0], Pretend):
             return args[0]
         return there(out)
@@ -132,39 +127,27 @@ def cuda(monkeypatch):
     counted.clear()
     save, load, submit, move = torch.save, torch.load, ThreadPoolExecutor.submit, torch.nn.Module.to
 
-    def loaded(file, map_location=None, **more):
-        content = load(file, map_location="cpu", **more)
-        return there(content) if on_cuda(map_location) else content
-
     def moved(self, device):
         for module in self.modules() if on_cuda(device) else ():
             for name, p in module._parameters.items():
                 module._parameters[name] = p if p is None else torch.nn.Parameter(there(p.detach()), p.requires_grad)
         return self if on_cuda(device) else move(self, device)
 
-    def set_state(state, device):
-        if isinstance(state, Pretend):
-            refuse("a random state on the device")
-        torch.set_rng_state(state)
-
-    def grouped(lists):         # written in C++, where the pretence does not reach
-        return {(lists[0][0].device, lists[0][0].dtype): (lists, None)}
-    monkeypatch.setattr(torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", grouped)
-    monkeypatch.setattr(torch, "save", lambda content, file: save(bare(content), file))
-    monkeypatch.setattr(torch, "load", loaded)
-    monkeypatch.setattr(torch.nn.Module, "to", moved)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
-    monkeypatch.setattr(torch.cuda, "set_rng_state", set_state)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a pretended GPU")
-    mode = Device()
-
-    def within(self, work, *args, **more):      # a mode is one thread's own
-        def inside():
-            with Device():
-                return work(*args, **more)
-        return submit(self, inside)
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", within)
-    with mode:
+    def within(work, *args, **more):        # a mode is one thread's own
+        with Device():
+            return work(*args, **more)
+    for owner, name, put in (
+            (torch, "save", lambda content, file: save(bare(content), file)),
+            (torch, "load", lambda file, map_location=None, **more: (there if on_cuda(map_location) else bare)(load(file, **more))),
+            (torch.nn.Module, "to", moved), (ThreadPoolExecutor, "submit", lambda self, *work, **more: submit(self, within, *work, **more)),
+            (torch.cuda, "get_rng_state", lambda device: torch.get_rng_state()),
+            (torch.cuda, "set_rng_state", lambda state, device: refuse("a random state on the device") if isinstance(state, Pretend)
+             else torch.set_rng_state(state)),
+            (torch.cuda, "get_device_name", lambda device: "a pretended GPU"),
+            (torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype",      # written in C++, where the pretence does not reach
+             lambda lists: {(lists[0][0].device, lists[0][0].dtype): (lists, None)})):
+        monkeypatch.setattr(owner, name, put)
+    with Device():
         yield
 
 
@@ -185,10 +168,7 @@ def stopped_once(monkeypatch, stage):
     monkeypatch.setattr(train, "save_epoch", stopping)
 
 
-STEP = {"corrkd": 2, "umdf": 2, "double_flow": 2}     # copies a step: one index, one of all masks
-
-
-@pytest.mark.parametrize("method", STEP)
+@pytest.mark.parametrize("method", evaluation.METHODS)
 def test_a_run_stops_goes_on_and_is_evaluated_on_the_device(tmp_path, monkeypatch, cuda, method):
     written(tmp_path / "data", learnable(n=20))
     epoch, steps = train.train_epoch, []
@@ -204,7 +184,7 @@ def test_a_run_stops_goes_on_and_is_evaluated_on_the_device(tmp_path, monkeypatc
     stages = ["teacher", "student"] if method == "corrkd" else ["train"]
     assert [h["stage"] for h in history(tmp_path, f"mosi/{method}/s1")] == [s for s in stages for _ in range(2)]
     for count, seen in steps:
-        assert count == 3 and seen["copies"] == STEP[method] * count and seen["waits"] == 1, seen
+        assert count == 3 and seen["copies"] == 2 * count and seen["waits"] == 1, seen      # a step: one index, one of all masks
     whole = tmp_path / "whole"
     written(whole / "data", learnable(n=20))
     assert command(whole, method) == 0
@@ -257,7 +237,7 @@ def test_a_forgotten_device_is_named(tmp_path, cuda, module):
         exec(compile(source.replace(use, left), path, "exec"), module.__dict__)
         more = ["--dry-run"] if module is train else []
         with pytest.raises(AssertionError, match="CUDA refuses aten.* of tensors on both devices, .*[.]py:"):
-            command(tmp_path, module.__name__ if module.__name__ in STEP else "corrkd", *more)
+            command(tmp_path, module.__name__ if module.__name__ in evaluation.METHODS else "corrkd", *more)
     finally:
         module.__dict__.update(whole)
 
