@@ -37,7 +37,7 @@ Use in another code base (this file needs torch alone), as train.py trains it:
             model.losses(complete, missing, target, real)["total"].backward()
             torch.nn.utils.clip_grad_norm_(learning, model.config.clip)
             optimizer.step()
-        # (*) train.py goes on with the mean of the weights after each of the stage's last five epochs
+        # (*) train.py goes on with the mean of the weights after five epochs in a row, those best on validation
     logits = model.eval()(text, audio, vision, real)            # (B, 2)
 
 complete, missing: {"text": (B, T, 300), ...}, the same clips whole and with dropped frames zeroed; target (B,): 0 or 1;

@@ -48,7 +48,7 @@ Use in another code base (this file needs torch alone), as train.py trains it:
             optimizer.zero_grad()
             model.losses(complete, None, target, real)["total"].backward()      # None: no clips with dropped frames
             optimizer.step()
-    # (*) train.py takes the mean of the weights after each of the last five epochs
+    # (*) train.py takes the mean of the weights after five epochs in a row, those best on validation
     sentiment = model.eval()(text, audio, vision, real)         # (B, 1); a clip whose text is all zeros takes
                                                                 # the missing flow
 

@@ -49,7 +49,7 @@ METHODS = {name: importlib.import_module(name) for name in ("umdf", "corrkd", "d
 #                                               this stage does not see it, and so may teacher
 #     represent(streams, real), classify(h)     -> h (B, width); -> (B, 1), (B, 2) or (B, 4, 2); forward is both
 #     encode(name, stream, real)                -> (B, d), of which h is the three side by side; None if they interact
-FORMAT = 2              # of run folders: those of another one are refused
+FORMAT = 3              # of run folders: those of another one are refused
 COLUMNS = (*list(data.SETS)[:6], "avg", "lav")
 TITLES = {**{c: "{" + ",".join(c) + "}" for c in COLUMNS}, "avg": "Avg."}
 SHOWN = ("happy", "sad", "angry", "neutral")    # the papers' order of emotions

@@ -4,8 +4,8 @@
     python train.py --method corrkd --dataset mosei --synthetic         made-up data, nothing to download
 
 A run is runs/<dataset>[-synthetic]/<method>[-<ablation>]/s<seed>/ with config.json, log.jsonl (one line an epoch),
-model.pt (the mean of the weights after each of the last five epochs) and last.pt. An interrupted run goes on by the
-same command, to the same numbers.
+model.pt (the mean of the weights after each of five epochs in a row, those best on validation) and last.pt. An
+interrupted run goes on by the same command, to the same numbers.
 """
 import argparse
 import io
@@ -32,7 +32,7 @@ import eval as evaluation
 from data import DataError
 from eval import METHODS
 
-AVERAGED = 5    # epochs whose weights are averaged: our choice, see the README
+AVERAGED = 5    # epochs in a row whose weights are averaged: our choice, see the README
 KEPT = {}       # what a process of --jobs keeps from run to run: its device, and the data
 
 try:
@@ -193,7 +193,7 @@ def restore(folder: Path, run: dict, resume: bool, device: torch.device) -> dict
             return None
         with data.told(path, "It is damaged, or of another version of train.py: start over with --no-resume."):
             found = json.loads(path.read_text()) if path.suffix == ".json" else evaluation.read_checkpoint(
-                path, ("model", "finished", "stage", "epoch", "recent", "history", "optimizer", "random"))
+                path, ("model", "finished", "stage", "epoch", "best", "recent", "history", "optimizer", "random"))
             differ = evaluation.differences(run, found["run"])
         if differ:
             raise DataError(f"{folder} holds a run of another configuration (differs in {', '.join(differ)}). "
@@ -268,14 +268,14 @@ def train_epoch(model, optimizer, clips: Clips, config, name: str) -> dict:
 
 def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: dict | None, tell) -> None:
     """All stages of one run, from `state` (last.pt) on if there is one. After each epoch the mean of the weights of the
-    last few is measured on validation; a stage ends with it. tell(line, epochs): see progress."""
+    last few is measured on validation; a stage ends with the best of these means. tell(line, epochs): see progress."""
     module, fresh = METHODS[run["method"]], state is None
     config, clips = module.Config(**run["config"]), Clips(run, loaded, device)
     linear = evaluation.fit_linear(loaded, run["task"])
     torch.manual_seed(run["seed"])
     if fresh:
         model = module.Model(run["dims"], run["task"], config).to(device)
-        state = {"run": run, "stage": 0, "epoch": 0, "recent": [], "history": []}
+        state = {"run": run, "stage": 0, "epoch": 0, "best": None, "recent": [], "history": []}
     else:
         model = evaluation.build(state, folder / "last.pt", device)
         tell(f"continuing after {list(model.stages)[state['stage']]} epoch {state['epoch']}", len(state["history"]))
@@ -304,19 +304,24 @@ def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: di
             recent = recent[-AVERAGED:]
             model.load_state_dict(averaged(recent), strict=False)
             found = evaluation.evaluate(model, run["task"], loaded["valid"], sets, "valid")
-            state["history"].append({"stage": stage, "epoch": epoch + 1, "losses": losses, "valid": found})
+            score = evaluation.score({c: v for c, v in found.items() if c in model.stages[stage]})
+            if epoch < AVERAGED or score > state["best"]["score"]:      # a mean of fewer epochs gives way to the next
+                state.update(best={"score": score, "epoch": epoch + 1},
+                             model={k: v.clone() for k, v in model.state_dict().items()})
+            state["history"].append({"stage": stage, "epoch": epoch + 1, "best": state["best"]["epoch"],
+                                     "losses": losses, "valid": found})
             finished = last and epoch + 1 == config.epochs      # then nothing goes on from here
             state.update(stage=number, epoch=epoch + 1, finished=finished, recent=[] if finished else recent,
-                         model=model.state_dict(), optimizer={} if finished else optimizer.state_dict(),
+                         optimizer={} if finished else optimizer.state_dict(),
                          random=random_state(clips.generator, device))
-            answer = {"run": run, "stats": loaded["stats"], "linear": linear, "epoch": epoch + 1,
+            answer = {"run": run, "stats": loaded["stats"], "linear": linear, "epoch": state["best"]["epoch"],
                       "model": state["model"]}
             save_epoch(folder, state, answer if last else None)
             tell(f"{name}  {terms_text(losses)}  {valid_text(found, model.stages[stage])}  "
                  f"{time.perf_counter() - began:.1f} s", 1)
             model.load_state_dict(recent[-1], strict=False)
         if not last:
-            model.load_state_dict(averaged(state["recent"]), strict=False)
+            model.load_state_dict(state["model"])
             state.update(epoch=0, recent=[])
 
 
@@ -394,7 +399,7 @@ def closing(args, done: dict[str, list[Path]]) -> None:
         found = []
         for folder in folders:
             lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            found.append(lines[-1]["valid"])
+            found += [x["valid"] for x in lines if (x["stage"], x["epoch"]) == (lines[-1]["stage"], lines[-1]["best"])]
         run, rows = json.loads((folder / "config.json").read_text())["run"], []
         for metric in (metrics := evaluation.measured(found[0])):
             each = [evaluation.cells("sets", f, metric) for f in found]

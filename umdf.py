@@ -43,7 +43,7 @@ Use in another code base (this file needs torch alone), as train.py trains it:
         model.losses(complete, missing, target, real)["total"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), model.config.clip)
         optimizer.step()
-    # train.py takes the mean of the weights after each of the last five epochs: our choice
+    # train.py takes the mean of the weights after five epochs in a row, those best on validation: our choice
     sentiment = model.eval()(text, audio, vision, real)         # (B, 1)
 
 complete, missing: {"text": (B, T, 300), ...}, the same clips whole and with dropped frames zeroed; target (B,): scores;

@@ -384,7 +384,7 @@ def test_a_checkpoint_that_does_not_belong_is_refused(uninterrupted, tmp_path, c
         return (tmp_path / "altered.pt").read_bytes()
     wide = {**own["run"]["dims"], "text": 7}
     for raw, said in (((other / "last.pt").read_bytes(), "differs in method"), (altered(dims=wide), "differs in dims"), (altered(dataset="mosei"), "differs in dataset"),
-                      (altered(data={**own["run"]["data"], "sha256": "other"}), "data file"), (good["model.pt"], "it holds no finished and no history"), (good["last.pt"][:-300], "damaged"),
+                      (altered(data={**own["run"]["data"], "sha256": "other"}), "data file"), (good["model.pt"], "it holds no best and no finished"), (good["last.pt"][:-300], "damaged"),
                       (altered(model={"x": torch.zeros(1)}, epoch=0, finished=False), "does not fit corrkd.py"), (altered(config=5), "no checkpoint of this version"),
                       (altered(format=1), "no checkpoint of this version")):
         (folder / "last.pt").write_bytes(raw)

@@ -228,21 +228,37 @@ def test_the_test_split_has_no_say(trained, tmp_path):
     assert history(tmp_path) == history(trained) and equal(parameters(tmp_path), parameters(trained))
 
 
-@pytest.mark.parametrize("epochs", [3, 7])
-def test_a_stage_ends_with_the_mean_of_the_weights_of_its_last_five_epochs(tmp_path, monkeypatch, epochs):
-    """Teacher and student; training itself goes on from the weights of the last epoch, and the teacher moves no more."""
+@pytest.mark.parametrize("scores, best", [([3, 2, 1], 3), ([1, 1, 1, 99, 5, 7, 9, 9, 4], 7), ([1, 2, 3, 4, 9, 8, 7, 6, 5], 5)])
+def test_a_stage_ends_with_the_mean_of_five_epochs_that_is_best_on_validation(tmp_path, monkeypatch, capsys, scores, best):
+    """Teacher and student, stopped once on the way. A mean of fewer epochs counts only where there are no five; of equal ones the
+    first. Training itself goes on from the weights of the last epoch, and the teacher moves no more."""
     written(tmp_path / "data", learnable(n=12))
-    began, ended, whole = [], [], train.train_epoch
+    began, ended, script, stop, epochs = [], [], 2 * scores, [KeyboardInterrupt], len(scores)
+    whole, judge, store = train.train_epoch, evaluation.evaluate, train.save_epoch
     copy = lambda model: {k: v.double() for k, v in model.state_dict().items()}
+
+    def stopping(folder, state, answer):
+        store(folder, state, answer)
+        if stop and len(state["history"]) == 2 * epochs - 1:
+            raise stop.pop()
+
+    def scripted(model, *a):
+        found, value = judge(model, *a), None if isinstance(model, evaluation.Linear) else script.pop(0)
+        return found if value is None else {c: {**v, "F1": value} for c, v in found.items()}
+    monkeypatch.setattr(train, "save_epoch", stopping)
+    monkeypatch.setattr(evaluation, "evaluate", scripted)
     monkeypatch.setattr(train, "train_epoch", lambda model, *a: (began.append(copy(model)), whole(model, *a), ended.append(copy(model)))[1])
-    run(tmp_path, epochs=str(epochs))
+    assert run(tmp_path, epochs=str(epochs)) == 130 and run(tmp_path, epochs=str(epochs)) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert set(next(line for line in shown if line.startswith("F1 ours")).split()[3:]) == {f"{scores[best - 1]:.2f}"}
     mean = lambda states, part: {k: sum(s[k] for s in states[-5:]) / len(states[-5:]) for k in states[0] if k.startswith(part)}
     close = lambda a, b: all(torch.allclose(a[k].double(), b[k], rtol=0, atol=1e-6) for k in b)
     assert all(equal(began[i], ended[i - 1]) for i in range(1, 2 * epochs) if i != epochs)
-    teacher, student = mean(ended[:epochs], "teacher"), mean(ended[epochs:], "student")
+    teacher, student = mean(ended[:best], "teacher"), mean(ended[epochs:epochs + best], "student")
     assert close(began[epochs], teacher) and not close(ended[epochs - 1], teacher)
     final = parameters(tmp_path)
     assert close(final, student) and all(torch.equal(final[k].double(), began[epochs][k]) for k in teacher)
+    assert torch.load(tmp_path / "runs" / "mosi/corrkd/s1" / "model.pt", weights_only=True)["epoch"] == best
 
 
 def test_an_epochs_mean_counts_clips_and_the_gradient_is_clipped(tmp_path, monkeypatch):
