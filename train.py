@@ -304,7 +304,8 @@ def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: di
             recent = recent[-AVERAGED:]
             model.load_state_dict(averaged(recent), strict=False)
             found = evaluation.evaluate(model, run["task"], loaded["valid"], sets, "valid")
-            score = evaluation.score({c: v for c, v in found.items() if c in model.stages[stage]})
+            own = {c: v for c, v in found.items() if c in model.stages[stage]}      # the sets that this stage is about
+            score = evaluation.score(own)
             if epoch < AVERAGED or score > state["best"]["score"]:      # a mean of fewer epochs gives way to the next
                 state.update(best={"score": score, "epoch": epoch + 1},
                              model={k: v.clone() for k, v in model.state_dict().items()})
@@ -317,7 +318,7 @@ def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: di
             answer = {"run": run, "stats": loaded["stats"], "linear": linear, "epoch": state["best"]["epoch"],
                       "model": state["model"]}
             save_epoch(folder, state, answer if last else None)
-            tell(f"{name}  {terms_text(losses)}  {valid_text(found, model.stages[stage])}  "
+            tell(f"{name}  {terms_text(losses)}  {valid_text(own, score)}  "
                  f"{time.perf_counter() - began:.1f} s", 1)
             model.load_state_dict(recent[-1], strict=False)
         if not last:
@@ -361,11 +362,8 @@ def terms_text(losses: dict) -> str:
     return " ".join(f"{k} {v:.3f}" for k, v in losses.items() if k != "scd_active")
 
 
-def valid_text(found: dict, sets) -> str:
-    """The mean over the sets of streams that a stage is about, as far as the data has them. found: set -> metrics."""
-    found = {c: v for c, v in found.items() if c in sets}
+def valid_text(found: dict, score: float) -> str:
     of = "complete clips" if list(found) == ["lav"] else f"mean of {len(found)} sets"
-    score = evaluation.score(found)
     return f"valid, {of}: " + (f"MAE {-score:.4f}" if "MAE" in found["lav"] else f"F1 {score:.2f}")
 
 

@@ -261,6 +261,19 @@ def test_a_stage_ends_with_the_mean_of_five_epochs_that_is_best_on_validation(tm
     assert torch.load(tmp_path / "runs" / "mosi/corrkd/s1" / "model.pt", weights_only=True)["epoch"] == best
 
 
+def test_the_sets_that_a_stage_is_about_choose(tmp_path, monkeypatch):
+    """Double-Flow's are complete clips and clips without text: best at epoch 6, while all others get better to the end."""
+    written(tmp_path / "data", learnable(n=12))
+    judge, left = evaluation.evaluate, [5, 5, 5, 5, 4, 1, 3, 3]
+
+    def scripted(model, *a):
+        found, value = judge(model, *a), None if isinstance(model, evaluation.Linear) else left.pop(0)
+        return found if value is None else {c: {**v, "MAE": value if c in ("lav", "av") else 9 * len(left)} for c, v in found.items()}
+    monkeypatch.setattr(evaluation, "evaluate", scripted)
+    assert run(tmp_path, method="double_flow", epochs="8") == 0
+    assert torch.load(tmp_path / "runs" / "mosi/double_flow/s1" / "model.pt", weights_only=True)["epoch"] == 6
+
+
 def test_an_epochs_mean_counts_clips_and_the_gradient_is_clipped(tmp_path, monkeypatch):
     """40 clips in batches of 16, 16 and 8: each clip counts once. The norm of every step's gradient is at most the config's."""
     written(tmp_path / "data", learnable())
