@@ -1,33 +1,46 @@
-"""CorrKD: Correlation-Decoupled Knowledge Distillation for Multimodal Sentiment Analysis with
-Incomplete Modalities. Li et al., CVPR 2024, pp. 12458-12468, https://arxiv.org/abs/2404.16456
+"""CorrKD: Correlation-Decoupled Knowledge Distillation for Multimodal Sentiment Analysis with Incomplete
+Modalities. Li et al., CVPR 2024, pp. 12458-12468, https://arxiv.org/abs/2404.16456
 
-A teacher is trained on complete clips and frozen. A student of the same architecture then sees copies of the clips with
-frames and whole streams missing, and learns from the labels and from the teacher: to place each clip where the teacher
-places it and away from other clips (SCD), to stand to the class prototypes as the teacher does (CPD), and to answer in
-agreement with it, target class and other classes apart (RCD). At test time the student works alone. No official code
-was found.
+A teacher is trained on complete clips and frozen. A student of the same architecture then sees copies
+of the clips with frames and whole streams missing (MRM, Modality Random Missing). It learns from the
+labels, and from the teacher by three losses: to place each clip where the teacher places it and away
+from other clips (SCD, sample-level contrastive distillation); to stand to the class prototypes as the
+teacher does (CPD, category-guided prototype distillation); and to answer in agreement with it, the
+target class and the other classes apart (RCD, response-disentangled consistency distillation). At test
+time the student works alone. No official code was found.
 
-Notation: m in {text, audio, vision}; N clips, T frames, d = 40, C classes; superscripts t, s = teacher, student;
-sp(z) = log(1 + exp(z)). Marked (*): our choice, because the paper is silent or cannot be literal. Marked (~): the form
-as others quote it, or as the group's next paper prints it (HRLF, NeurIPS 2024); not checked against this paper's text.
+Notation: m in {text, audio, vision}; N clips, T frames, d = 40; G decisions a clip (1, or 4 emotions)
+among C classes each; superscripts t, s = teacher, student; PE = positional encoding; GAP = global
+average pooling, the mean over frames; sp(z) = log(1 + exp(z)). In the code `real` is the mask of
+padding, m -> (N, T), True where a frame belongs to the clip, missing or not. Marked (*): our choice,
+because the paper is silent or cannot be literal. Marked (~): the form as others quote it, or as the
+group's next paper prints it (HRLF, NeurIPS 2024); not checked against this paper's text.
 
-  (1) F_m = sqrt(d) Conv1d_k3(X_m) + PE(T_m, d),  E_m = Transformer(F_m)                        Encoder
-      (*) no bias, depth, FFN 4d, pre-LayerNorm, dropout .1 outside attention, sqrt(d), padding masked
-  (2) H = [GAP(E_text); GAP(E_audio); GAP(E_vision)]  in R^3d                                   Network.represent
-  (3) f = W H + b,  R = softmax(f)  (*) one linear layer                                        Network.forward
-  (4) SCD = mean_i |H_i^s - H_i^t|^2 + mean_{i != j} max(0, eta - |H_i^s - H_j^t|)^2            sample_contrastive
-      (~) (*) means instead of sums; H is brought to unit length first: the published margins mean something there
-  (5) c_k = mean of H_i over class k in the batch,  M_k(i) = cos(H_i, c_k)  (~)                 prototype_consistency
-  (6) CPD = 1/(N K) sum_i sum_k (M_k^s(i) - M_k^t(i))^2,  K = classes in the batch (~)(*)       prototype_consistency
-  (7) U = [R_y],  V = [R_c for c != y]  (*) not renormalised                              CorrKD.response_consistency
-  (8) I(a, b) = E_p(a,b)[-sp(-T(a, b))] - E_p(a)p(b)[sp(T(a, b))]  (~)                          jsd_mutual_information
-      (*) T is an MLP 2k-64-64-1; the product of marginals is every pair i != j of the batch
-  (9) RCD = -I_1(U^t, U^s) - I_2(V^t, V^s)                                                CorrKD.response_consistency
-  (10) total = CE(R^s, y) + SCD + CPD + RCD                                                     CorrKD.losses
+  (1) F_m = sqrt(d) Conv1d_k3(X_m) + PE(T_m, d),  E_m = Transformer(F_m)              Encoder
+      (*) Its kernel "3x3" cannot be literal in one dimension; no bias, so that zeros stay zeros. Depth 2,
+      pre-LayerNorm, FFN 4d, sqrt(d), dropout .1 are usual; none in attention, where it takes half of a CPU
+      step. Padding is masked, so that no answer depends on the longest clip of a batch.
+  (2) H = [GAP(E_text); GAP(E_audio); GAP(E_vision)]  in R^3d                         Network.represent
+  (3) f = W H + b,  R = softmax(f)  (*) one linear layer                              Network.forward
+  (4) SCD = mean_i |H_i^s - H_i^t|^2 + mean_{i != j} max(0, eta - |H_i^s - H_j^t|)^2  sample_contrastive
+      (~) (*) Means, since all weights are 1 and sums would be a thousand times the cross-entropy. H is
+      brought to unit length: else distances are near 7, and no pair lies within eta (--ablate scd_raw).
+  (5) c_k = mean of H_i over class k in the batch,  M_k(i) = cos(H_i, c_k)  (~)       prototype_consistency
+  (6) CPD = 1/(N K) sum_i sum_k (M_k^s(i) - M_k^t(i))^2,  K classes in the batch (~)  prototype_consistency
+      (*) A class that the batch lacks has no prototype and is left out.
+  (7) U = [R_y],  V = [R_c for c != y]  in R^(C-1)                          CorrKD.response_consistency
+      (*) Not renormalised: with two classes V would be the constant 1.
+  (8) I(a, b) = E_p(a,b)[-sp(-T(a, b))] - E_p(a)p(b)[sp(T(a, b))]  (~)                jsd_mutual_information
+      (*) T is an MLP 2k-64-64-1 for each of U and V, trained with the student. The product of marginals
+      is every pair i != j of the batch, so that nothing is drawn.
+  (9) RCD = -I_1(U^t, U^s) - I_2(V^t, V^s)                                  CorrKD.response_consistency
+  (10) total = CE(R^s, y) + SCD + CPD + RCD                                           CorrKD.losses
+      (*) CE, CPD and RCD are means over the G decisions; SCD has no classes and is computed once.
+(*) The student starts from random weights, as HRLF's does. The gradient norm is clipped to 1.
 
 Use in another code base (this file needs torch alone), as train.py trains it:
 
-    model = CorrKD({"text": 300, "audio": 74, "vision": 35}, "polarity")
+    model = CorrKD({"text": 300, "audio": 74, "vision": 35}, "polarity", classes=2)
     for stage in model.stages:                                  # "teacher", then "student"
         model.begin(stage)
         learning = [p for p in model.parameters() if p.requires_grad]
@@ -37,13 +50,15 @@ Use in another code base (this file needs torch alone), as train.py trains it:
             model.losses(complete, missing, target, real)["total"].backward()
             torch.nn.utils.clip_grad_norm_(learning, model.config.clip)
             optimizer.step()
-        # (*) train.py goes on with the mean of the weights after five epochs in a row, those best on validation
-    logits = model.eval()(text, audio, vision, real)            # (B, 2)
+        # (*) train.py keeps the epoch that is best on validation
+    logits = model.eval()(text, audio, vision, real)            # (B, C)
 
-complete, missing: {"text": (B, T, 300), ...}, the same clips whole and with dropped frames zeroed; target (B,): 0 or 1;
-real: {"text": torch.arange(T) < lengths[:, None], ...}, True = not padding, or None: then padding counts as frames.
+complete, missing: {"text": (B, T, 300), ...}, the same clips whole and with missing frames zeroed;
+target (B,): classes 0 to C - 1; real: {"text": torch.arange(T) < lengths[:, None], ...}, or None: then
+padding counts as frames. For a stream that you do not have, say width 1 and give zeros (B, T, 1).
 """
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -51,23 +66,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 STREAMS = ("text", "audio", "vision")
-SETS = ("l", "a", "v", "la", "lv", "av", "lav")                     # the papers' sets of available streams
+SETS = ("l", "a", "v", "la", "lv", "av", "lav")     # the papers' sets of available streams
 TASKS = {"mosi": "polarity", "mosei": "polarity", "iemocap": "emotions"}
-HEADS = {"polarity": 1, "emotions": 4}  # two-class decisions a clip
+DECISIONS = {"polarity": 1, "emotions": 4}          # G
+Streams = dict[str, Tensor]             # m -> frames (B, T_m, d_m)
+Masks = dict[str, Tensor] | None        # m -> (B, T_m), True = not padding; None = no padding
 
 
 @dataclass
 class Config:
-    """Defaults: the paper's for MOSI as quoted by others (~), but for `lr`. All losses have weight 1 in the paper."""
-    lr: float = 1e-3        # listed: 4e-3 (~); on validation 1e-3 was better in 8 of 10 runs, see the README
+    """Defaults: the paper's for MOSI as quoted by others (~). All losses have weight 1 in the paper."""
+    lr: float = 4e-3
     batch_size: int = 64
     epochs: int = 50        # of each stage
     heads: int = 10
     margin: float = 1.2     # eta in (4)
     width: int = 40         # d in (1)
-    layers: int = 2         # our choice
-    dropout: float = 0.1    # our choice
-    clip: float = 1.0       # largest gradient norm; our choice
+    layers: int = 2         # (*)
+    dropout: float = 0.1    # (*)
+    clip: float = 1.0       # (*) largest gradient norm
     weight_decay: float = 0.0
     scd: float = 1.0        # a loss of weight 0 is not computed
     cpd: float = 1.0
@@ -81,9 +98,8 @@ class Config:
 PAPER = {
     "mosi": Config(),
     "mosei": Config(lr=2e-3, batch_size=32, epochs=20, heads=8, margin=1.0),
-    "iemocap": Config(lr=4e-3, epochs=30, margin=1.4),
+    "iemocap": Config(epochs=30, margin=1.4),
 }
-LISTED = {"mosi": {"lr": 4e-3}, "mosei": {}, "iemocap": {}}           # what is listed (~) and not taken
 ABLATIONS = {
     "no_scd": {"scd": 0.0},
     "no_cpd": {"cpd": 0.0},
@@ -95,23 +111,31 @@ ABLATIONS = {
     "layers_3": {"layers": 3},
     "layers_4": {"layers": 4},
 }
-FEATURES = {"text": 300, "audio": 74, "vision": 35}                 # widths of the features that REPORTED is of
-TABLE = {}                                                          # the paper's table is that of the seven sets
-# The paper's F1 in per cent, five seeds, as HRLF reprints them: l, a, v, la, lv, av, avg, lav.
-_COLUMNS = (*SETS[:6], "avg", "lav")
-_ROWS = {
-    "mosi": {"F1": (81.20, 66.52, 60.72, 83.56, 82.41, 73.74, 74.69, 83.94)},
-    "mosei": {"F1": (80.76, 66.09, 62.30, 81.74, 81.28, 71.92, 74.02, 82.16)},
-    "iemocap": {"F1 happy": (82.6, 69.6, 68.0, 84.1, 82.0, 70.0, 76.1, 87.5),
-                "F1 sad": (82.7, 71.3, 67.6, 83.4, 82.2, 72.5, 76.6, 85.9),
-                "F1 angry": (82.2, 67.0, 65.8, 83.9, 82.8, 67.3, 74.8, 86.1),
-                "F1 neutral": (63.1, 54.2, 52.3, 68.5, 64.3, 57.2, 59.9, 71.5)},
+FEATURES = {"text": 300, "audio": 74, "vision": 35}     # widths of the features that REPORTED is of
+TABLE = {}      # the paper's table is that of the seven sets
+
+
+def _row(*numbers: float) -> dict[str, float]:
+    return dict(zip((*SETS[:6], "avg", "lav"), numbers))
+
+
+# The paper's F1 in per cent, five seeds, as HRLF reprints them:
+# data set -> ablation ("" = the full method) -> metric -> column -> number.
+REPORTED = {
+    "mosi": {
+        "": {"F1": _row(81.20, 66.52, 60.72, 83.56, 82.41, 73.74, 74.69, 83.94)},
+        "no_scd": {"F1": {"avg": 72.46}},
+        "no_cpd": {"F1": {"avg": 71.81}},
+        "kl": {"F1": {"avg": 73.27}},
+    },
+    "mosei": {"": {"F1": _row(80.76, 66.09, 62.30, 81.74, 81.28, 71.92, 74.02, 82.16)}},
+    "iemocap": {"": {
+        "F1 happy": _row(82.6, 69.6, 68.0, 84.1, 82.0, 70.0, 76.1, 87.5),
+        "F1 sad": _row(82.7, 71.3, 67.6, 83.4, 82.2, 72.5, 76.6, 85.9),
+        "F1 angry": _row(82.2, 67.0, 65.8, 83.9, 82.8, 67.3, 74.8, 86.1),
+        "F1 neutral": _row(63.1, 54.2, 52.3, 68.5, 64.3, 57.2, 59.9, 71.5),
+    }},
 }
-# data set -> ablation ("" = the full method) -> metric -> column -> number
-REPORTED = {name: {"": {metric: dict(zip(_COLUMNS, row)) for metric, row in rows.items()}}
-            for name, rows in _ROWS.items()}
-REPORTED["mosi"].update({name: {"F1": {"avg": avg}} for name, avg in
-                         {"no_scd": 72.46, "no_cpd": 71.81, "kl": 73.27}.items()})
 
 
 def learning_rate_factor(epoch: int) -> float:
@@ -119,79 +143,77 @@ def learning_rate_factor(epoch: int) -> float:
     return 1.0
 
 
+def check_names(names, what: str) -> None:
+    """A ValueError unless these are the streams, none too few and none that would be ignored."""
+    if set(names) - {"simulated_text"} != set(STREAMS):         # which only Double-Flow uses
+        raise ValueError(f"{what}: {', '.join(names)}. The streams are {', '.join(STREAMS)}; "
+                         "give zeros of width 1 for one that you do not have")
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """float32 at least: there is no cdist in half precision, and it would lose small distances."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def sinusoid(length: int, width: int, device=None) -> Tensor:
-    """PE in (1), (length, width): sin(t / 10000^(2i/width)) in column 2i, the cosine in column 2i + 1."""
-    angle = torch.arange(length, device=device)[:, None] * torch.exp(
-        torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))
+    """PE in (1), (length, width): column 2i is sin(t / 10000^(2i/width)), column 2i + 1 the cosine."""
+    time = torch.arange(length, device=device)[:, None]
+    column = torch.arange(0, width, 2, device=device)
+    angle = time * torch.exp(column * (-math.log(10000.0) / width))
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
 
 
-class Dropout(nn.Module):
-    """Dropout of p, on a CPU to the nearest 1/256 and by random bytes, eight to each random integer: nn.Dropout, which
-    draws a float for each element, makes a training step there 1.1 times as long."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.keep = round(256 * (1 - p))        # how many of the 256 values of a byte keep an element
-        if not 0 < self.keep <= 256:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {p}")
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.keep == 256 or x.device.type != "cpu":
-            return F.dropout(x, 1 - self.keep / 256, self.training)
-        draws = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-2**63, None)
-        kept = draws.view(torch.uint8)[:x.numel()].view(x.shape) < self.keep
-        return x * kept.to(x.dtype).mul_(256 / self.keep)
-
-
 class Layer(nn.Module):
-    """A pre-LayerNorm Transformer layer. x (B, T, d); mask (B, 1, 1, T) bool, True = may be attended, or None."""
+    """A pre-LayerNorm Transformer layer. x (B, T, d); mask (B, 1, 1, T), True = may be attended to."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.heads = heads
-        self.norm_attention, self.norm_ffn = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), Dropout(dropout),
+        self.norm_attention = nn.LayerNorm(width)
+        self.norm_ffn = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Dropout(dropout),
                                  nn.Linear(4 * width, width))
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)          # (B, heads, T, d / heads)
-        x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # each (B, heads, T, d / heads)
+        mixture = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.dropout(self.out(mixture.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.ffn(self.norm_ffn(x)))
 
 
 class Encoder(nn.Module):
     """(1) and the GAP of (2) for one stream: (B, T, d_m) -> (B, d).
 
-    `real` (B, T) bool, True = not padding; the mean and the attention leave padding out, and positions are
-    counted from a clip's first real frame, so the result does not depend on where or how far a clip is padded.
-    A clip without a real frame gives zeros.
+    real (B, T), True = not padding; None = no padding. The mean and the attention leave padding out, and
+    positions are counted from a clip's first real frame, so the result does not depend on where or how
+    far a clip is padded. A clip without a real frame gives zeros.
     """
 
     def __init__(self, in_width: int, config: Config):
         super().__init__()
         self.width = config.width
         self.conv = nn.Conv1d(in_width, config.width, kernel_size=3, padding=1, bias=False)
-        self.layers = nn.ModuleList(Layer(config.width, config.heads, config.dropout) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config.width, config.heads, config.dropout)
+                                    for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        position, mask = sinusoid(x.shape[1], self.width, x.device).to(x), None     # (T, d)
-        if real is not None:
-            x = x * real[..., None]                             # the convolution must not see padding
-            position = position[(real.cumsum(1) - 1).clamp(min=0)]                  # (B, T, d)
-            # A clip without frames attends to its padding: older torch makes NaN of a softmax over nothing.
-            mask = (real | ~real.any(1, keepdim=True))[:, None, None]
-        x = self.dropout(math.sqrt(self.width) * self.conv(x.transpose(1, 2)).transpose(1, 2) + position)
+        position = sinusoid(x.shape[1], self.width, x.device).to(x)     # (T, d)
+        real = torch.ones_like(x[..., 0]).bool() if real is None else real.bool()
+        position = position[(real.cumsum(1) - 1).clamp(min=0)]          # (B, T, d)
+        x = x * real[..., None]                                 # the convolution must not see padding
+        # A clip without frames attends to its padding: older torch makes NaN of a softmax over nothing.
+        mask = (real | ~real.any(1, keepdim=True))[:, None, None]
+        f = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        x = self.dropout(math.sqrt(self.width) * f + position)          # F_m (B, T, d)
         for layer in self.layers:
             x = layer(x, mask)
-        x = self.norm(x)                                                            # E_m (B, T, d)
-        if real is None:
-            return x.mean(1)
+        x = self.norm(x)                                                # E_m (B, T, d)
         return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -203,25 +225,26 @@ class Network(nn.Module):
         self.encoders = nn.ModuleDict({m: Encoder(dims[m], config) for m in STREAMS})
         self.classifier = nn.Linear(3 * config.width, outputs)
 
-    def represent(self, streams: dict[str, Tensor], real: dict[str, Tensor] | None) -> Tensor:
-        """(2): streams m -> (B, T_m, d_m), real m -> (B, T_m) bool or None; returns H (B, 3d)."""
-        if lacking := [m for m in STREAMS if m not in streams]:
-            raise ValueError(f"no {' and no '.join(lacking)} among the streams: a missing one is given as zeros")
+    def represent(self, streams: Streams, real: Masks) -> Tensor:
+        """H (B, 3d) of (2)."""
+        check_names(streams, "streams")
         return torch.cat([self.encoders[m](streams[m], real and real[m]) for m in STREAMS], dim=-1)
 
-    def forward(self, streams: dict[str, Tensor], real: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def forward(self, streams: Streams, real: Masks) -> tuple[Tensor, Tensor]:
         """H (B, 3d) and the logits f (B, outputs) of (3)."""
         h = self.represent(streams, real)
         return h, self.classifier(h)
 
 
-def sample_contrastive(student: Tensor, teacher: Tensor, margin: float, normalize: bool = True) -> Tensor:
+def sample_contrastive(student: Tensor, teacher: Tensor, margin: float,
+                       normalize: bool = True) -> Tensor:
     """SCD, (4): mean_i |s_i - t_i|^2 + mean over pairs i != j of max(0, margin - |s_i - t_j|)^2.
 
-    student, teacher (N, D); they are brought to unit length first, unless normalize is False. With N = 1 there is no
-    negative pair. The gradient is finite at distance 0.
+    student, teacher (N, D); they are brought to unit length first, unless normalize is False. The
+    teacher gets no gradient. With N = 1 there is no negative pair. The gradient is finite at distance 0.
     """
     n = len(student)
+    student, teacher = full_precision(student), full_precision(teacher.detach())
     if normalize:
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     positive = (student - teacher).square().sum(-1).mean()
@@ -229,90 +252,102 @@ def sample_contrastive(student: Tensor, teacher: Tensor, margin: float, normaliz
         return positive
     # Not through the matrix product: it loses the small distances. cdist's gradient at distance 0 is 0.
     distance = torch.cdist(student, teacher, compute_mode="donot_use_mm_for_euclid_dist")
-    inside = F.relu(margin - distance).square()
-    inside = inside.masked_fill(torch.eye(n, dtype=torch.bool, device=inside.device), 0)
-    return positive + inside.sum() / (n * (n - 1))
-
-
-@torch.no_grad()
-def active_negatives(student: Tensor, teacher: Tensor, margin: float, normalize: bool = True) -> Tensor:
-    """The share of pairs i != j that lie inside SCD's margin, the only ones whose second term pushes."""
-    n = len(student)
-    if normalize:
-        student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-    inside = torch.cdist(student, teacher) < margin
-    return (inside.sum() - inside.diagonal().sum()) / max(1, n * (n - 1))
+    negative = F.relu(margin - distance).square()
+    itself = torch.eye(n, dtype=torch.bool, device=negative.device)
+    return positive + negative.masked_fill(itself, 0).sum() / (n * (n - 1))
 
 
 def prototype_consistency(student: Tensor, teacher: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """CPD, (5) and (6): mean over clips i and present classes k of (cos(s_i, c_k^s) - cos(t_i, c_k^t))^2.
+    """CPD, (5) and (6): mean over clips i and classes k of (cos(s_i, c_k^s) - cos(t_i, c_k^t))^2.
 
-    student, teacher (N, D); labels (N,) long in [0, num_classes). c_k is each network's own mean of the
-    clips of class k in this batch; a class that the batch lacks is left out.
+    student, teacher (N, D); labels (N,) long in [0, num_classes). The teacher gets no gradient. c_k is
+    each network's mean over the clips of class k in this batch; a class that the batch lacks is left out.
     """
-    member = F.one_hot(labels, num_classes).to(student)                             # (N, C)
+    student, teacher = full_precision(student), full_precision(teacher.detach())
+    member = F.one_hot(labels, num_classes).to(student)                 # (N, C)
     count = member.sum(0)
 
-    def similarity(h: Tensor) -> Tensor:                                            # M (N, C)
+    def similarity(h: Tensor) -> Tensor:                                # M (N, C)
         prototypes = member.T @ h / count.clamp(min=1)[:, None]
         return F.normalize(h, dim=-1) @ F.normalize(prototypes, dim=-1).T
 
-    # An absent class has the prototype 0, hence similarity 0 in both networks: it only must not be counted.
-    return (similarity(student) - similarity(teacher)).square().sum() / (len(labels) * (count > 0).sum())
+    # An absent class has the prototype 0, hence similarity 0 in both networks: it is only not counted.
+    difference = similarity(student) - similarity(teacher)
+    return difference.square().sum() / (len(labels) * (count > 0).sum())
 
 
 def jsd_mutual_information(critic: nn.Module, a: Tensor, b: Tensor) -> Tensor:
     """(8): mean_i -sp(-T(a_i, b_i)) - mean over pairs i != j of sp(T(a_i, b_j)), at most 0.
 
-    a, b (N, k), row i of both from the same clip; critic maps (..., 2k) to (..., 1). One clip has no pair
-    to compare with: 0.
+    The Jensen-Shannon estimate of mutual information. a, b (N, k), row i of both from the same clip;
+    critic maps (..., 2k) to (..., 1). One clip has no pair to compare with: 0.
     """
     n = len(a)
     if n == 1:
         return a.new_zeros(())
     pairs = torch.cat((a[:, None].expand(n, n, -1), b[None].expand(n, n, -1)), dim=-1)
-    score = critic(pairs)[..., 0]                                                   # T(a_i, b_j) (N, N)
-    apart = F.softplus(score).masked_fill(torch.eye(n, dtype=torch.bool, device=a.device), 0)
+    score = critic(pairs)[..., 0]                                       # T(a_i, b_j) (N, N)
+    itself = torch.eye(n, dtype=torch.bool, device=a.device)
+    apart = F.softplus(score).masked_fill(itself, 0)
     return -F.softplus(-score.diagonal()).mean() - apart.sum() / (n * (n - 1))
+
+
+def critic_of(width: int) -> nn.Sequential:
+    """T of (8) for two parts of this width."""
+    return nn.Sequential(nn.Linear(2 * width, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
+                         nn.Linear(64, 1))
 
 
 class CorrKD(nn.Module):
     """Teacher, student and the two critics of (8).
 
-    dims: feature width of text, audio and vision. task: "polarity" (logits (B, 2), class 1 = positive) or
-    "emotions" (logits (B, 4, 2), four yes/no decisions). Train the stages in the order of `stages`, each after
-    `begin(stage)`; beside a stage's name stand the sets of streams that it is about: a teacher sees complete clips.
+    dims: feature width of text, audio and vision. task: "polarity", one decision, logits (B, C); or
+    "emotions", four, logits (B, 4, C). classes: C. Train the stages in the order of `stages`, each after
+    `begin(stage)`; beside a stage's name stand the sets of streams that it is about, complete clips for
+    a teacher.
     """
 
-    def __init__(self, dims: dict[str, int], task: str, config: Config | None = None):
+    def __init__(self, dims: dict[str, int], task: str, config: Config | None = None, classes: int = 2):
         super().__init__()
         config = config or Config()
-        if task not in HEADS:
-            raise ValueError(f"CorrKD is a classifier: task must be one of {', '.join(HEADS)}, not {task!r}")
+        check_names(dims, "dims")
+        if task not in DECISIONS:
+            raise ValueError(f"CorrKD's task must be one of {', '.join(DECISIONS)}, not {task!r}")
         if config.width % config.heads or config.width % 2:
-            raise ValueError(f"width {config.width} must be even and a multiple of heads ({config.heads})")
-        self.config, self.task = config, task
-        self.teacher = Network(dims, 2 * HEADS[task], config)
-        self.student = Network(dims, 2 * HEADS[task], config)
-        self.critics = nn.ModuleList(nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
-                                                   nn.Linear(64, 1)) for _ in "UV")
+            raise ValueError(f"width {config.width} is not even or no multiple of heads ({config.heads})")
+        self.config, self.task, self.classes = config, task, classes
+        outputs = DECISIONS[task] * classes
+        self.teacher = Network(dims, outputs, config)
+        self.student = Network(dims, outputs, config)
+        self.critics = nn.ModuleList((critic_of(1), critic_of(classes - 1)))    # of U and of V
         if not config.student:
             self.stages = {"teacher": SETS}
         elif config.scd or config.cpd or config.rcd or config.kl:
             self.stages = {"teacher": ("lav",), "student": SETS}
         else:
             self.stages = {"student": SETS}
-        self.begin([*self.stages][-1])  # so that a model made to load a checkpoint answers with the right network
+        self.stage = None
+        self.warn_of_teacher = "teacher" in self.stages     # random until it is trained or loaded
+        self.teacher.register_load_state_dict_post_hook(self.teacher_loaded)
+
+    def teacher_loaded(self, teacher: nn.Module, keys) -> None:
+        """Called by PyTorch after it loaded weights; keys.missing_keys: which ones were not there."""
+        if not keys.missing_keys:
+            self.warn_of_teacher = False
 
     def begin(self, stage: str) -> None:
-        """Let the parameters of this stage learn and hold all others; the student stage freezes the teacher."""
+        """Let the parameters of this stage learn and hold all others: the student stage freezes the
+        teacher, and warns, once, of one that was neither trained nor loaded."""
         if stage not in self.stages:
             raise ValueError(f"no stage {stage!r}: this model has {', '.join(self.stages)}")
+        if stage == "student" and self.warn_of_teacher:
+            warnings.warn("CorrKD's teacher was neither trained nor loaded, so the student learns from "
+                          "random weights: train the stage 'teacher' first", stacklevel=2)
+            self.warn_of_teacher = False
         self.stage = stage
-        self.sees_missing, self.has_teacher = stage == "student", stage == "student" and "teacher" in self.stages
-        self.requires_grad_(False)
-        for part in (self.teacher,) if stage == "teacher" else (self.student, self.critics):
-            part.requires_grad_(True)
+        self.teacher.requires_grad_(stage == "teacher")
+        self.student.requires_grad_(stage == "student")
+        self.critics.requires_grad_(stage == "student" and self.config.rcd != 0)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "CorrKD":
@@ -323,71 +358,82 @@ class CorrKD(nn.Module):
 
     @property
     def network(self) -> Network:
-        """The network that this stage trains, and that answers."""
-        return self.teacher if self.stage == "teacher" else self.student
+        """The network that this stage trains, and that answers; before any stage: the last one's."""
+        stage = self.stage or [*self.stages][-1]
+        return self.teacher if stage == "teacher" else self.student
 
-    def forward(self, text: Tensor, audio: Tensor, vision: Tensor, real: dict[str, Tensor] | None = None) -> Tensor:
-        """Logits (B, 2) or (B, 4, 2) of clips whose missing frames are zeros. Streams (B, T_m, d_m);
-        real: m -> (B, T_m) bool, True = not padding; None = no padding."""
+    def forward(self, text: Tensor, audio: Tensor, vision: Tensor, real: Masks = None) -> Tensor:
+        """Logits (B, C) or (B, 4, C) of clips (B, T_m, d_m) whose missing frames are zeros."""
         return self.classify(self.represent({"text": text, "audio": audio, "vision": vision}, real))
 
-    def represent(self, streams: dict[str, Tensor], real: dict[str, Tensor] | None = None) -> Tensor:
+    def represent(self, streams: Streams, real: Masks = None) -> Tensor:
         """H (B, 3d) of (2)."""
         return self.network.represent(streams, real)
 
     def encode(self, name: str, stream: Tensor, real: Tensor | None = None) -> Tensor:
-        """One stream's share of H, (B, d), which joins them in the order of STREAMS: an evaluation can reuse them."""
+        """One stream's share of H, (B, d): H has them side by side in the order of STREAMS."""
         return self.network.encoders[name](stream, real)
 
     def classify(self, h: Tensor) -> Tensor:
-        """H (B, 3d) -> logits (B, 2) or (B, 4, 2)."""
+        """H (B, 3d) -> logits (B, C) or (B, 4, C)."""
         logits = self.network.classifier(h)
-        return logits if self.task == "polarity" else logits.unflatten(-1, (-1, 2))
+        return logits if self.task == "polarity" else logits.unflatten(-1, (-1, self.classes))
 
     @torch.no_grad()
-    def teacher_outputs(self, complete: dict[str, Tensor],
-                        real: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """H^t (B, 3d) and f^t (B, outputs). Constant once the teacher is frozen: compute them once a clip."""
+    def teacher_outputs(self, complete: Streams, real: Masks = None) -> tuple[Tensor, Tensor] | None:
+        """H^t (B, 3d) and f^t (B, G C) of complete clips; None in a stage without a teacher. It is frozen:
+        they may be computed once a clip and their rows given to `losses`, which changes no number."""
+        if self.stage == "teacher" or "teacher" not in self.stages:
+            return None
         return self.teacher(complete, real)
 
-    def losses(self, complete: dict[str, Tensor], missing: dict[str, Tensor], target: Tensor,
-               real: dict[str, Tensor] | None = None,
+    def losses(self, complete: Streams, missing: Streams, target: Tensor, real: Masks = None,
                teacher: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
         """The stage's loss terms, unweighted, and their weighted sum "total" (10).
 
-        complete, missing: m -> (B, T_m, d_m), the same clips whole and with missing frames zeroed; target:
-        classes (B,) for polarity, (B, 4) for emotions; teacher: rows of `teacher_outputs` for these clips, or
-        None to compute them here. "scd_active" is no loss but the share of negatives inside the margin.
+        complete, missing: the same clips whole and with missing frames zeroed; the teacher stage looks at
+        complete alone. target: classes (B,) for polarity, (B, 4) for emotions. teacher: these clips' rows
+        of `teacher_outputs`, or None to compute them here.
         """
+        if self.stage is None:
+            raise ValueError(f"losses of which stage? Call begin first: {', then '.join(self.stages)}")
+        if self.stage == "teacher":
+            self.warn_of_teacher = False
         c = self.config
-        h, f = self.network(missing if self.sees_missing else complete, real)
-        f, y = f.unflatten(-1, (-1, 2)), target.reshape(len(target), -1)            # (B, G, 2), (B, G)
-        if y.shape != f.shape[:2]:
-            raise ValueError(f"target has shape {tuple(target.shape)}; these clips ask for {tuple(f.shape[:2])}")
+        h, f = self.network(complete if self.stage == "teacher" else missing, real)
+        f = f.unflatten(-1, (-1, self.classes))                         # (B, G, C)
+        y = target.reshape(len(target), -1)                             # (B, G)
+        shape = tuple(f.shape[:2])
+        if y.shape != shape:
+            raise ValueError(f"target has shape {tuple(target.shape)}; these clips ask for {shape}")
         terms = {"task": F.cross_entropy(f.flatten(0, 1), y.flatten())}
-        if not self.has_teacher:
+        teacher = teacher or self.teacher_outputs(complete, real)
+        if teacher is None:
             return {**terms, "total": terms["task"]}
-        h_t, f_t = teacher or self.teacher_outputs(complete, real)
-        f_t = f_t.unflatten(-1, (-1, 2))
+        h_t, f_t = teacher
+        f_t = f_t.unflatten(-1, (-1, self.classes))
         if c.scd:
             terms["scd"] = sample_contrastive(h, h_t, c.margin, not c.scd_raw)
-            terms["scd_active"] = active_negatives(h, h_t, c.margin, not c.scd_raw)
         if c.cpd:
-            terms["cpd"] = torch.stack([prototype_consistency(h, h_t, g, 2) for g in y.T]).mean()
+            each = [prototype_consistency(h, h_t, labels, self.classes) for labels in y.T]
+            terms["cpd"] = torch.stack(each).mean()
         if c.rcd:
             terms["rcd"] = self.response_consistency(f.softmax(-1), f_t.softmax(-1), y)
         if c.kl:
             kl = F.kl_div(f.log_softmax(-1), f_t.log_softmax(-1), log_target=True, reduction="none")
             terms["kl"] = kl.sum(-1).mean()
         weights = {"task": 1.0, "scd": c.scd, "cpd": c.cpd, "rcd": c.rcd, "kl": c.kl}
-        terms["total"] = sum(weights[name] * term for name, term in terms.items() if name in weights)   # (10)
+        terms["total"] = sum(weights[name] * term for name, term in terms.items())  # (10)
         return terms
 
     def response_consistency(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        """RCD, (7) and (9), averaged over G decisions. student, teacher: R (B, G, 2); target (B, G) classes."""
+        """RCD, (7) and (9), the mean over decisions. student, teacher: R (B, G, C); target (B, G)."""
+        y = target[..., None]                                           # (B, G, 1)
+        others = torch.arange(self.classes - 1, device=target.device).expand(*target.shape, -1)
+        others = others + (others >= y)                                 # the classes but y (B, G, C - 1)
         total = 0.0
-        for critic, column in zip(self.critics, (target, 1 - target)):             # U: the target class; V: the other
-            a, b = teacher.gather(-1, column[..., None]), student.gather(-1, column[..., None])     # (B, G, 1)
+        for critic, column in zip(self.critics, (y, others)):           # U, then V
+            a, b = teacher.gather(-1, column), student.gather(-1, column)
             for g in range(target.shape[1]):
                 total = total - jsd_mutual_information(critic, a[:, g], b[:, g])
         return total / target.shape[1]

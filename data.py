@@ -1,18 +1,21 @@
 """Data: read the standard pickles safely, make a synthetic stand-in, drop frames and streams.
 
-    python data.py check FILE|DIR                                   what a file is, or what is wrong with it
-    python data.py synthesize mosi|mosei|iemocap --out DIR          write a SYNTHETIC stand-in in MulT's layout
+    python data.py check FILE|DIR                                what a file is, or what is wrong with it
+    python data.py synthesize mosi|mosei|iemocap --out DIR       write a SYNTHETIC stand-in in MulT's layout
 
-Formats: MulT's (split -> text, audio, vision, labels, id) and MMSA's (split -> text, audio, vision,
-regression_labels, id, audio_lengths, ...); splits are train, valid, test. Or folders of feature files, one .npy or one
-folder of .npy a clip, with Double-Flow's label file. A split in memory is one dict:
+Formats: MulT's (split -> text, audio, vision, labels, id), which MultiBench uses too, and MMSA's (split -> text, audio,
+vision, regression_labels, id, audio_lengths, ...); splits are train, valid, test. Or folders of feature files, one .npy
+or one folder of .npy a clip, with Double-Flow's label file. A split in memory is one dict:
 
     text, audio, vision   float32 (N, T_m, d_m) on the device, or Frames, which reads the clips of a batch from their
                           files; each clip starts at position 0, padding is zero
     simulated_text        the same, where the data carries it
     real                  stream -> bool (N, T_m) on the CPU, True = not padding
-    label                 float32 (N,) in [-3, 3], or (N, 4) of 0 and 1: neutral, happy, sad, angry
+    label                 float32 (N,) in [-3, 3], or (N, 4) of 0 and 1: neutral, happy, sad, angry; None where an
+                          evaluated file has none
     id                    list of N strings ([] where the file has none)
+    lacking               the streams without a single frame that is not zero
+    details               stream -> what the file held, in words, for `check`
 
 Masks have one convention everywhere: `real` True = not padding; `present` True = the frame is there.
 """
@@ -20,63 +23,65 @@ import argparse
 import contextlib
 import hashlib
 import math
-import mmap
 import os
 import pickle
 import re
+import secrets
 import sys
 import zipfile
 import zlib
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-# A stop from the keyboard while torch is imported, which takes seconds, is told in a word and not by a traceback.
-sys.excepthook = lambda kind, *more: (print("stopped", file=sys.stderr) if kind is KeyboardInterrupt
-                                      else sys.__excepthook__(kind, *more))
 
 import numpy as np
 import torch
 
 STREAMS = ("text", "audio", "vision")
-SIMULATED = "simulated_text"        # made from the audio beforehand; a fourth stream of Double-Flow alone
+SIMULATED = "simulated_text"        # made from the audio beforehand, a fourth stream of Double-Flow alone
 SPLITS = ("train", "valid", "test")
-SETS = {"l": ("text",), "a": ("audio",), "v": ("vision",), "la": ("text", "audio"), "lv": ("text", "vision"),
-        "av": ("audio", "vision"), "lav": STREAMS}      # the papers' available sets
+SETS = {                            # the papers' available sets
+    "l": ("text",),
+    "a": ("audio",),
+    "v": ("vision",),
+    "la": ("text", "audio"),
+    "lv": ("text", "vision"),
+    "av": ("audio", "vision"),
+    "lav": STREAMS,
+}
 RATES = tuple(i / 10 for i in range(11))
 EMOTIONS = ("neutral", "happy", "sad", "angry")         # the order in MulT's file
 SIZES = {"mosi": (1284, 229, 686), "mosei": (16326, 1871, 4659), "iemocap": (2717, 798, 938)}
-FILES = {"mosi": ("mosi_data.pkl", "aligned_50.pkl", "mosi_data_noalign.pkl", "unaligned_50.pkl"),
-         "mosei": ("mosei_senti_data.pkl", "aligned_50.pkl", "mosei_senti_data_noalign.pkl", "unaligned_50.pkl"),
-         "iemocap": ("iemocap_data.pkl", "iemocap_data_noalign.pkl")}
-# As published beside the download links of MMSA; nobody publishes any for MulT's files.
-KNOWN = {"78e0f8b5ef8ff71558e7307848fc1fa929ecb078203f565ab22b9daab2e02524": "MMSA's MOSI/unaligned_50.pkl",
-         "d3994fd25681f9c7ad6e9c6596a6fe9b4beb85ff7d478ba978b124139002e5f9": "MMSA's MOSI/aligned_50.pkl",
-         "ad8b23d50557045e7d47959ce6c5b955d8d983f2979c7d9b7b9226f6dd6fec1f": "MMSA's MOSEI/unaligned_50.pkl",
-         "45eccfb748a87c80ecab9bfac29582e7b1466bf6605ff29d3b338a75120bf791": "MMSA's MOSEI/aligned_50.pkl"}
+FILES = {       # looked for in this order: aligned to words by MulT, MultiBench and MMSA, then not aligned
+    "mosi": ("mosi_data.pkl", "mosi_raw.pkl", "aligned_50.pkl", "mosi_data_noalign.pkl",
+             "unaligned_50.pkl"),
+    "mosei": ("mosei_senti_data.pkl", "mosei_raw.pkl", "aligned_50.pkl", "mosei_senti_data_noalign.pkl",
+              "unaligned_50.pkl"),
+    "iemocap": ("iemocap_data.pkl", "iemocap_data_noalign.pkl"),
+}
 SYNTHETIC = "SYNTHETIC stand-in, version 1"
-GLOVE = {"text": 300, "audio": 74, "vision": 35}        # widths of the papers' GloVe, COVAREP and Facet features
-FIELDS = (*STREAMS, SIMULATED, "labels", "regression_labels", "id", *(f"{m}_lengths" for m in STREAMS))
+GLOVE = {"text": 300, "audio": 74, "vision": 35}    # widths of the papers' GloVe, COVAREP and Facet
 CHUNK = 256             # clips handled at a time: bounds every temporary copy
-LARGE = 1 << 20         # bytes from which an array is a view of the file, not read until it is needed
 MAX_FRAMES = 1500       # of a training clip in feature folders; our choice
 
 
-def _printable(text: str, most: int = 100) -> str:
+# ---------------------------------------------------------------------------------- sentences and files
+
+def printable(text: str, most: int = 100) -> str:
+    """A file's own text made safe for a terminal: no control characters, no lone surrogates, not much over `most`."""
     text = "".join(c if c.isprintable() else " " for c in text)
     return text if len(text) <= most else f"{text[:most - 60]} ... {text[-50:]}"
 
 
 class DataError(Exception):
-    """A user's mistake, told in one or two sentences: one line, whatever a file has put into it."""
+    """A user's mistake in one or two sentences; str() is one printable line, whatever a file has put into it."""
 
     def __str__(self) -> str:
-        return _printable(super().__str__(), 600)
+        return printable(super().__str__(), 600)
 
 
 @contextlib.contextmanager
-def told(what, advice: str):
-    """Whatever reading a file may raise becomes one sentence: a damaged one can raise anything."""
+def reading(what, advice: str):
+    """Whatever reading `what` raises becomes one DataError: a damaged file can make a library raise anything."""
     try:
         yield
     except DataError:
@@ -85,176 +90,74 @@ def told(what, advice: str):
         raise DataError(f"{what} does not exist.") from None
     except OSError as error:
         raise DataError(f"{what} cannot be read: {error.strerror or error}.") from None
+    except MemoryError:
+        raise DataError(f"{what} is refused: it asks for more memory than there is. {advice}") from None
     except Exception as error:
-        known = isinstance(error, (pickle.UnpicklingError, EOFError))
-        said = " ".join(str(error).split()).rstrip(".") if known else type(error).__name__
-        raise DataError(f"{what} is refused: {said}. {advice}") from None
+        reason = type(error).__name__
+        if isinstance(error, (pickle.UnpicklingError, EOFError)):   # their messages say what is wrong
+            reason = " ".join(str(error).split()).rstrip(".")
+        raise DataError(f"{what} is refused: {reason}. {advice}") from None
 
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """A file to write, which takes the place of `path` once it is whole: a reader never sees half of it."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """A binary file to write, which takes the place of `path` once it is whole: a reader never sees half of it. A link
+    is followed, a device or FIFO written into. DataError, and nothing left behind, if it cannot be written."""
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f"{secrets.token_hex(8)}.tmp")
     try:
-        with open(beside, "wb") as file:
-            yield file
-        os.replace(beside, path)
+        if path.exists() and not path.is_file():
+            with open(path, "wb") as file:
+                yield file
+        else:
+            with open(temporary, "xb") as file:         # x: never through a link that somebody put there
+                yield file
+            os.replace(temporary, path)
     except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}. Mend that, then run the command again.") from None
+        raise DataError(f"{path} cannot be written: {error.strerror}.") from None
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink()
+            temporary.unlink()
 
 
-# ---------------------------------------------------------------------------------- reading pickles
-
-class _File:
-    """A pickle's bytes, in memory or mapped, and how far they are read."""
-
-    def __init__(self, content: bytes | mmap.mmap):
-        self.content, self.size, self.at = content, len(content), 0
-
-    def block(self, count: int) -> memoryview:
-        """The next bytes as they lie in the file: nothing of them is read before it is used, and nothing copied."""
-        self.at += count
-        if self.at > self.size:
-            raise EOFError("it ends too early")
-        return memoryview(self.content)[self.at - count:self.at]
-
-    def read(self, count: int) -> bytes:
-        return bytes(self.block(count))
-
-    def readline(self) -> bytes:
-        end = self.content.find(b"\n", self.at)
-        return self.read((self.size if end < 0 else end) + 1 - self.at)
+def say(text: str = "", to: str = "stdout") -> None:
+    """Print a line at once. Characters that the terminal lacks are escaped. An output that is closed, full or left
+    early costs no run: from then on its lines go nowhere."""
+    stream = getattr(sys, to)
+    if stream is None:
+        return
+    try:
+        encoding = stream.encoding or "utf-8"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except (OSError, ValueError):
+        setattr(sys, to, open(os.devnull, "w"))
 
 
-class _DType:
-    """A pickled numpy.dtype, plain numbers, strings and objects only."""
-
-    def __init__(self, code, *_):
-        if not re.fullmatch(r"[<>|=]?([fiubSU]\d+|\?|O8?)", str(code)):
-            raise pickle.UnpicklingError(f"it holds an array of type {code!r}, which is not numbers or strings")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state):
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _Array:
-    """A pickled numpy.ndarray; `value` is the array itself, a view of the file where it is large."""
-    value = None
-
-    def __setstate__(self, state):
-        _, shape, dtype, fortran, raw = state
-        self.fill(raw, dtype.dtype, shape, "F" if fortran else "C")
-
-    def fill(self, raw, dtype, shape, order):
-        if isinstance(raw, str):                                # written by Python 2
-            raw = raw.encode("latin1")
-        count = len(raw) if dtype.hasobject else len(raw) / max(1, dtype.itemsize)
-        if min(shape, default=0) < 0 or math.prod(shape) != count:
-            raise pickle.UnpicklingError(f"an array of shape {tuple(shape)} comes with data for {count:g} values")
-        if dtype.hasobject:
-            self.value = np.empty(count, object)
-            for i, item in enumerate(raw):                      # not [:]: numpy would unpack items that are lists
-                self.value[i] = item
-            self.value = self.value.reshape(shape, order=order)
-        else:
-            self.value = np.frombuffer(raw, dtype).reshape(shape, order=order)
+def run_program(work, stopped: str) -> int:
+    """The exit code of work(), where None is 0. A user's mistake is said on stderr, code 2; Ctrl-C: `stopped`, 130."""
+    try:
+        return work() or 0
+    except DataError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except KeyboardInterrupt:
+        say(f"\n{stopped}", "stderr")
+        return 130
+    say(f"error: {printable(message, 600)}", "stderr")
+    return 2
 
 
-class _Unpickler(pickle._Unpickler):
-    """Builds numpy arrays and plain containers; whatever else a pickle asks for is refused, by name. The form of the
-    standard library that is written in Python: the one in C takes as much memory as a memo's number tells it to."""
-    dispatch = dict(pickle._Unpickler.dispatch)
-
-    def __init__(self, source: _File):
-        super().__init__(source, encoding="latin1")
-        self.source = source
-
-    def load_binbytes(self, digits: int = 4):
-        block = self.source.block(int.from_bytes(self.read(digits), "little"))
-        self.append(block if len(block) >= LARGE else bytes(block))
-
-    def load_binbytes8(self):
-        self.load_binbytes(8)
-
-    def load_frame(self):           # frames are there to be read ahead, and need not be
-        self.read(8)
-
-    dispatch.update({pickle.BINBYTES[0]: load_binbytes, pickle.BINBYTES8[0]: load_binbytes8,
-                     pickle.BYTEARRAY8[0]: load_binbytes8, pickle.FRAME[0]: load_frame})
-
-    def find_class(self, module, name):
-        where = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
-        admitted = {"numpy.core.multiarray._reconstruct": lambda *_: _Array(), "numpy.ndarray": "ndarray",
-                    "numpy.core.multiarray.scalar": self._scalar, "numpy.dtype": _DType,
-                    "numpy.core.numeric._frombuffer": self._frombuffer,                 # protocol 5
-                    "_codecs.encode": lambda text, *_: text.encode("latin1"),           # bytes in protocols 0 to 2
-                    "collections.OrderedDict": OrderedDict, "builtins.set": set, "builtins.bytes": lambda: b""}
-        if f"{where}.{name}" not in admitted:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array; nothing of it was run")
-        return admitted[f"{where}.{name}"]
-
-    def _frombuffer(self, raw, dtype, shape, order):
-        array = _Array()
-        array.fill(raw, dtype.dtype, shape, order)
-        return array
-
-    def _scalar(self, dtype, raw=b""):
-        return self._frombuffer(raw, dtype, (1,), "C").value[0]
-
-
-def _plain(value, room: int, depth: int = 0):
-    """An array, a value, or nested lists of these, without the reader's wrappers. A list that holds one other many
-    times is small in a file and endless when it is written out: `room` is how many values may come of it."""
-    if isinstance(value, _Array):
-        if value.value is None:
-            raise pickle.UnpicklingError("it holds an array without data")
-        return value.value
-    if not isinstance(value, (list, tuple)):
-        return value
-    if len(value) > room or depth == 5:
-        raise pickle.UnpicklingError("it holds lists of more values than it has bytes, or deeper than any data set's")
-    return [_plain(v, room // len(value), depth + 1) for v in value]
-
-
-def read_pickle(path: Path) -> dict:
-    """split -> field -> array or list, for the splits train, valid and test and the fields that are used, and whether
-    the file is marked as "SYNTHETIC". Runs nothing in the file."""
-    with told(path, "Download it again from where the README says."), open(path, "rb") as file:
-        if path.stat().st_size == 0:
-            raise EOFError("it is empty")
-        source = _File(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        if source.content[:1] not in b"\x80(]}lcd":
-            begin = _printable(source.content[:40].decode("latin1").strip().split("\n")[0])
-            raise pickle.UnpicklingError(f"not a pickle: it begins with {begin}, so the download went wrong")
-        content = _Unpickler(source).load()
-        if source.at != source.size:
-            raise pickle.UnpicklingError(f"{source.size - source.at} bytes follow where it should end")
-        if isinstance(content, dict) and all(isinstance(content.get(s), dict) for s in SPLITS):
-            used = {s: {k: content[s][k] for k in FIELDS if k in content[s]} for s in SPLITS}
-            return {**{s: {k: _plain(v, max(source.size, 1000)) for k, v in used[s].items()} for s in SPLITS},
-                    "SYNTHETIC": "SYNTHETIC" in content}
-    held = f"a {type(content).__name__}"
-    if isinstance(content, dict):
-        held += " of " + ", ".join(k[:40] if isinstance(k, str) else type(k).__name__ for k in list(content)[:8])
-    raise DataError(f"{path} holds {held}; expected a dict of train, valid and test, each a dict of arrays.")
-
-
-def find(dataset: str | None, data_dir: str | Path) -> Path:
-    """The data set's file: data_dir itself if it is a file, else the first known name in it, aligned first."""
-    root = Path(data_dir)
-    if root.is_file() or dataset is None:
-        return root
-    folders = [root, *(root / name / sub for name in (dataset.upper(), dataset) for sub in (".", "Processed"))]
-    for path in (folder / name for name in FILES[dataset] for folder in folders):
-        if path.is_file():
-            return path
-    gone = "" if root.exists() else ", which does not exist"
-    raise DataError(f"No file of {dataset} in {root}{gone}: looked for {', '.join(FILES[dataset])}. "
-                    "Get one from where the README says, or add --synthetic to run on made-up data.")
+@contextlib.contextmanager
+def opening(path: Path, advice: str):
+    """The file at `path`, open to be read in binary, as by reading(). What is no regular file is refused before it is
+    opened: a FIFO would wait for ever."""
+    with reading(path, advice):
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is no regular file.")
+        with open(path, "rb") as file:
+            yield file
 
 
 def sha256(path: Path) -> str:
@@ -262,140 +165,362 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---------------------------------------------------------------------------------- splits in memory
+# ---------------------------------------------------------------------------------- reading pickles
 
-def _count(field) -> int:
-    return len(field) if isinstance(field, np.ndarray) and field.ndim else 0
+FOREIGN = {     # first bytes -> what a file is that is no pickle
+    b"\x1f\x8b": "compressed by gzip; unpack it first",
+    b"BZh": "compressed by bzip2; unpack it first",
+    b"\xfd7zXZ": "compressed by xz; unpack it first",
+    b"x\x01": "compressed by zlib, as joblib does; save its content by pickle.dump",
+    b"x\x9c": "compressed by zlib, as joblib does; save its content by pickle.dump",
+    b"PK": "a zip archive, as torch.save and numpy.savez write too; unpack it or save its content by pickle.dump",
+    b"\x80\x02\x8a\nl\xfc\x9cF": "written by torch.save; save its content by pickle.dump",
+    b"\x89HDF": "an HDF5 file; save its arrays by pickle.dump",
+    b"\x93NUMPY": "a single array in numpy's own format; save a dict of splits by pickle.dump",
+}
 
 
-def _release(array: np.ndarray) -> None:
-    """Give back the memory of a mapped file that was read so far: a second reading finds it in the file again."""
-    while isinstance(array, np.ndarray):
-        array = array.base
-    if isinstance(array, memoryview) and isinstance(array.obj, mmap.mmap) and os.name == "posix":
-        array.obj.madvise(mmap.MADV_DONTNEED)
+def to_text(value) -> str:
+    if isinstance(value, (list, tuple, dict, set, Array)):
+        raise TypeError("no text")          # a list that holds itself many times would have no end
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def _stream(fields: dict, name: str, where: str, ids: list, count: int) -> tuple:
-    """A feature array as float32 (N, T, d), which of its frames (N, T) are not all zero, and what it was.
-    -inf in audio becomes 0, as in MulT's reader."""
+def to_list(value) -> list:
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+class DType:
+    """Stands in for numpy.dtype while a pickle is read: plain numbers, strings and objects only. numpy's own takes
+    flags from the file, by which raw bytes could pose as pointers to objects."""
+
+    def __init__(self, code, *_):
+        code = to_text(code)
+        if not re.fullmatch(r"[<>|=]?([fiubSU]\d+|\?|O8?)", code):
+            raise pickle.UnpicklingError(f"an array of type {code!r} is not of numbers or strings")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(to_text(state[1]))
+
+
+class Array:
+    """Stands in for numpy.ndarray while a pickle is read; `value` is the array itself, a view of the bytes read."""
+    value = None
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, raw = state
+        self.fill(raw, dtype.dtype, shape, "F" if fortran else "C")
+
+    def fill(self, raw, dtype: np.dtype, shape: tuple, order: str) -> None:
+        count = len(raw) if dtype.hasobject else len(raw) / max(1, dtype.itemsize)
+        if min(shape, default=0) < 0 or math.prod(shape) != count:
+            shape = tuple(shape)
+            raise pickle.UnpicklingError(f"an array of shape {shape} comes with data for {count:g} values")
+        if dtype.hasobject:
+            value = np.empty(count, object)
+            for i, item in enumerate(raw):      # not [:]: numpy would unpack items that are lists
+                value[i] = item
+        else:
+            value = np.frombuffer(raw, dtype)
+        self.value = value.reshape(shape, order=order)
+
+
+class Unpickler(pickle.Unpickler):
+    """Builds numpy arrays and plain containers; whatever else a pickle asks for is refused, by name."""
+
+    def find_class(self, module, name):
+        def from_buffer(raw, dtype, shape, order):      # protocol 5
+            array = Array()
+            array.fill(raw, dtype.dtype, shape, order)
+            return array
+
+        def scalar(dtype, raw=b""):
+            return from_buffer(raw, dtype, (1,), "C").value[0]
+
+        # Made anew for each request: a pickle may set attributes of what it is given.
+        allowed = {
+            "numpy.core.multiarray._reconstruct": lambda *_: Array(),
+            "numpy.core.multiarray.scalar": scalar,
+            "numpy.core.numeric._frombuffer": from_buffer,
+            "numpy.ndarray": "ndarray",
+            "numpy.dtype": DType,
+            "_codecs.encode": lambda text, *_: text.encode("latin1"),       # bytes in protocols 0 to 2
+            "collections.OrderedDict": OrderedDict,
+            "builtins.set": set,
+            "builtins.bytes": lambda: b"",
+        }
+        key = f"{module}.{name}".replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
+        if key not in allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array; nothing was run")
+        return allowed[key]
+
+
+def unwrap(value):
+    """The array of an Array, any other value as it is."""
+    if not isinstance(value, Array):
+        return value
+    if value.value is None:
+        raise pickle.UnpicklingError("it holds an array without data")
+    return value.value
+
+
+def plain(value):
+    """A field without the stand-ins: an array of numbers or strings, a list, or the value as it is. A list's items are
+    freed of them too, but not the lists inside it: one that holds itself would have no end."""
+    value = unwrap(value)
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        value = value.tolist()
+    return [unwrap(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def by_name(fields: dict) -> dict:
+    """The dict with its keys as text: Python 2 wrote bytes. Another key is shown by its type alone."""
+    result = {}
+    for key, value in fields.items():
+        name = to_text(key) if isinstance(key, (str, bytes)) else type(key).__name__
+        result[name] = value
+    return result
+
+
+def describe(value) -> str:
+    """What a field is, in words."""
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype} of shape {value.shape}"
+    if isinstance(value, list):
+        arrays = bool(value) and isinstance(value[0], np.ndarray)
+        return f"a list of {len(value)} {'arrays' if arrays else 'values'}"
+    return f"a {type(value).__name__}"
+
+
+def refuse_other_formats(start: bytes) -> None:
+    """UnpicklingError if a file that begins like this is no pickle."""
+    if not start:
+        raise EOFError("it is empty")
+    for magic, kind in FOREIGN.items():
+        if start.startswith(magic):
+            raise pickle.UnpicklingError(f"it is no pickle but {kind}")
+    if start[:1] not in b"\x80(]}lcd":
+        line = printable(start.decode("latin1").strip().split("\n")[0])
+        raise pickle.UnpicklingError(f"not a pickle: it begins with {line}, so the download went wrong")
+
+
+def read_pickle(path: Path, splits=SPLITS) -> dict:
+    """split -> field -> array, list or value, of all splits that the file holds, and "SYNTHETIC": whether the file says
+    so of itself. DataError unless `splits` are among them. Runs nothing in the file. It takes the file's size in
+    memory; a file made to ask for more than there is ends in a sentence."""
+    with opening(path, "Download it again, or write a dict of numpy arrays by pickle.dump.") as file:
+        refuse_other_formats(file.peek(40)[:40])
+        content = Unpickler(file, encoding="bytes").load()
+        if rest := path.stat().st_size - file.tell():
+            raise pickle.UnpicklingError(f"{rest} bytes follow where it should end")
+        if isinstance(content, dict):
+            content = by_name(content)
+            what = "a dict of " + ", ".join(printable(name, 40) for name in list(content)[:8])
+        else:
+            content, what = {}, describe(plain(content))
+        result = {"SYNTHETIC": "SYNTHETIC" in content}
+        for s in SPLITS:
+            if isinstance(content.get(s), dict):
+                result[s] = {name: plain(value) for name, value in by_name(content[s]).items()}
+    if len(result) == 1 or not set(splits) <= set(result):
+        wanted = ", ".join(splits or SPLITS)
+        raise DataError(f"{path} holds {what}; expected a dict of {wanted}, each a dict of arrays.")
+    return result
+
+
+def find(dataset: str | None, data_dir: str | Path) -> Path:
+    """The data set's file: data_dir itself if it is no folder, else the first known name in it, aligned first."""
+    root = Path(data_dir)
+    with reading(root, "Name another one with --data-dir."):
+        if dataset is None or (root.exists() and not root.is_dir()):
+            return root
+        folders = [root]
+        for name in (dataset.upper(), dataset):
+            folders += [root / name, root / name / "Processed"]
+        for name in FILES[dataset]:
+            for folder in folders:
+                if (folder / name).is_file():
+                    return folder / name
+        absent = "" if root.exists() else ", which does not exist"
+    raise DataError(f"No file of {dataset} in {root}{absent}: looked for {', '.join(FILES[dataset])}. "
+                    "Get one from where the README says, or add --synthetic to run on made-up data.")
+
+
+# ---------------------------------------------------------------------------------- a split as tensors
+
+def feature_array(fields: dict, name: str, where: str) -> np.ndarray:
+    """The field as it is, (clips, frames, features) of numbers; DataError if it is anything else."""
     if name not in fields:
-        raise DataError(f"{where} has no '{name}', only {', '.join(fields)}.")
+        hint = ""
+        if name == "text" and "text_bert" in fields:
+            hint = " 'text_bert' holds token ids, which are no features."
+        raise DataError(f"{where} has no '{name}', only {', '.join(fields)}.{hint}")
     array = fields[name]
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-        raise DataError(f"{where}: '{name}' is not an array of numbers of one shape.")
+        raise DataError(f"{where}: '{name}' is {describe(array)}, not one array of numbers.")
     if array.ndim != 3 or 0 in array.shape:
-        raise DataError(f"{where}: '{name}' has shape {array.shape}; expected (clips, frames, features).")
-    x, seen, minus = torch.empty(count, *array.shape[1:]), torch.empty(count, array.shape[1], dtype=torch.bool), 0
-    for i in range(0, count, CHUNK):
-        with np.errstate(over="ignore"):
-            part = torch.from_numpy(array[i:min(count, i + CHUNK)].astype(np.float32))
-        if name == "audio":
-            minus += int((part == -torch.inf).sum())
-            part.masked_fill_(part == -torch.inf, 0)
-        if not part.isfinite().all():
-            bad = i + int((~part.isfinite()).flatten(1).any(1).nonzero()[0])
-            raise DataError(f"{where}: '{name}' holds values that are NaN, infinite or too large for float32, first in "
-                            f"clip {ids[bad] if ids else bad}. Repair the file or download it again.")
-        x[i:i + CHUNK], seen[i:i + CHUNK] = part, (part != 0).any(-1)
-        _release(array)
-    return x, seen, f"{array.dtype}" + (f", {minus} values of -inf read as 0" if minus else "")
+        raise DataError(f"{where}: '{name}' has shape {array.shape}, not (clips, frames, features).")
+    return array
 
 
-def _labels(fields: dict, dataset: str, where: str) -> torch.Tensor:
+def read_features(array: np.ndarray, name: str, where: str, ids: list[str]) -> tuple[torch.Tensor, str]:
+    """float32 (N, T, d), a copy, and what it was in words. -inf in audio becomes 0, as in MulT's and MultiBench's
+    readers; whatever else is not finite in float32 is a DataError that names the clip."""
+    words = str(array.dtype)
+    with np.errstate(all="ignore"):
+        x = array.astype(np.float32, order="C")
+    if name == "audio":
+        infinite = array == -np.inf         # of the file's own numbers: -1e300 is -inf only in float32
+        x[infinite] = 0
+        if infinite.any():
+            words += f", {infinite.sum()} values of -inf read as 0"
+    bad = ~np.isfinite(x).all((1, 2))
+    if bad.any():
+        i = int(bad.argmax())
+        clip = printable(ids[i]) if ids else i
+        raise DataError(f"{where}: '{name}' holds values that are NaN, infinite or too large for float32, first in "
+                        f"clip {clip}. Repair the file or download it again.")
+    return torch.from_numpy(x), words
+
+
+def read_labels(fields: dict, dataset: str, where: str) -> torch.Tensor:
     """(N,) sentiment in [-3, 3], or (N, 4) emotions of 0 and 1, from any of the published forms."""
-    key = next((k for k in ("labels", "regression_labels") if k in fields), None)
-    if key is None:
-        raise DataError(f"{where} has neither 'labels' nor 'regression_labels', only {', '.join(fields)}.")
-    try:
+    key = "labels" if "labels" in fields else "regression_labels"
+    if key not in fields:
+        names = ", ".join(fields)
+        raise DataError(f"{where} has neither 'labels' nor 'regression_labels', only {names}.")
+    with reading(f"{where}: '{key}'", "Expected an array of numbers."), np.errstate(all="ignore"):
         label = torch.from_numpy(np.array(fields[key], dtype=np.float32))
-    except (ValueError, TypeError):
-        raise DataError(f"{where}: '{key}' is not an array of numbers.") from None
-    n = label.shape[0] if label.ndim else 0
+    n, shape = (len(label) if label.ndim else 0), tuple(label.shape)
     if dataset == "iemocap":
-        if label.shape[1:] == (4, 2) and torch.equal(label.sum(-1), torch.ones(n, 4)):
-            label = label[..., 1]                               # one-hot: no, yes
+        if shape[1:] == (4, 2) and torch.equal(label.sum(-1), torch.ones(n, 4)):
+            label = label[..., 1]                       # one-hot: no, yes
         if label.shape[1:] != (4,) or not ((label == 0) | (label == 1)).all():
-            raise DataError(f"{where}: '{key}' of shape {tuple(label.shape)} is not four yes/no emotions a clip: "
-                            "(N, 4) of 0 and 1, or (N, 4, 2) one-hot.")
-    else:
-        if label.numel() != n:
-            raise DataError(f"{where}: '{key}' of shape {tuple(label.shape)} is not one sentiment score a clip.")
-        label = label.reshape(n)
-        if not (label.abs() <= 3).all():
-            raise DataError(f"{where}: '{key}' leaves the range [-3, 3] of {dataset}, or is NaN.")
-    return label
+            raise DataError(f"{where}: '{key}' of shape {shape} is not four yes/no emotions a clip: (N, 4) of 0 and 1, "
+                            "or (N, 4, 2) one-hot.")
+        return label
+    if shape[1:] == (1, 7):         # MOSEI's "All Labels": the sentiment, then six emotions
+        label = label[:, 0, 0]
+    if label.numel() != n:
+        raise DataError(f"{where}: '{key}' of shape {shape} is not one sentiment score a clip.")
+    if not (label.abs() <= 3).all():
+        raise DataError(f"{where}: '{key}' leaves the range [-3, 3] of {dataset}, or is NaN.")
+    return label.reshape(n)
 
 
-def _ids(fields: dict) -> list[str]:
-    """'a/b/c' of the non-empty parts of each id; ids come as strings, bytes, or rows of either."""
-    def text(part):
-        return part.decode("utf-8", "replace") if isinstance(part, bytes) else str(part)
-    rows = fields.get("id", [])
-    rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
-    return ["/".join(filter(None, map(text, row))) if isinstance(row, list) else text(row)
-            for row in (rows if isinstance(rows, list) else [])]
+def read_ids(fields: dict, where: str) -> list[str]:
+    """'a/b/c' of the non-empty parts of each id; ids come as strings, bytes, or rows of either. [] if there is none."""
+    result = []
+    with reading(f"{where}: 'id'", "Expected a string a clip."):
+        for row in to_list(fields.get("id", [])):
+            result.append("/".join(filter(None, map(to_text, to_list(row)))))
+    return result
 
 
-def _spans(seen: torch.Tensor, length) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and behind-last real frame of each clip (0, 0 where there is none): the span of the frames that are
-    `seen` (N, T), widened to a stated length where that covers the span from the front or from the back."""
-    frames = torch.arange(seen.shape[1])
-    start = torch.where(seen, frames, seen.shape[1]).amin(1)
-    stop = torch.where(seen, frames + 1, 0).amax(1)
+def read_lengths(fields: dict, name: str, where: str, count: int, longest: int) -> torch.Tensor:
+    """(N,) frames of each clip as the file states them, zeros where it does not."""
+    key, expected = f"{name}_lengths", f"{count} whole numbers between 0 and {longest}"
+    with reading(f"{where}: '{key}'", f"Expected {expected}."):
+        length = np.array(fields.get(key, [0] * count), dtype=np.float64)
+    whole = (length == np.rint(length)) & (0 <= length) & (length <= longest)
+    if length.shape not in ((count,), (count, 1)) or not whole.all():
+        problem = f"of shape {length.shape}" if whole.all() else f"{length[~whole].flat[0]:g} among them"
+        raise DataError(f"{where}: '{key}' is not {expected}: {problem}.")
+    return torch.from_numpy(length.reshape(count)).long()
+
+
+def spans(nonzero: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and behind-last real frame of each clip (0, 0 where there is none): the span of its frames that are not all
+    zero, (N, T), widened to the stated length (N,) where that covers the span from the front or from the back."""
+    longest = nonzero.shape[1]
+    frames = torch.arange(longest)
+    length = length.clamp(min=1)
+    start = torch.where(nonzero, frames, longest).amin(1)
+    stop = torch.where(nonzero, frames + 1, 0).amax(1)
     start = start.minimum(stop)
-    if length is not None:
-        length = torch.as_tensor(np.array(length, dtype=np.int64))[:len(seen)].clamp(1, seen.shape[1])
-        back = (stop > 0) & (stop <= length)                    # padded behind, the stated length fits
-        front = (stop == seen.shape[1]) & (start >= stop - length) & ~back
-        start = torch.where(back, 0, torch.where(front, stop - length, start))
-        stop = torch.where(back, length, stop)
-    return start, stop
+    back = (stop > 0) & (stop <= length)                # padded behind, the stated length fits
+    front = (stop == longest) & (start >= stop - length) & ~back
+    start = torch.where(back, 0, torch.where(front, stop - length, start))
+    return start, torch.where(back, length, stop)
 
 
-def tensors(fields: dict, dataset: str, where: str, limit: int | None = None) -> dict:
-    """One split's arrays, checked and shifted to position 0, as the dict that the file's opening describes, with
-    "held" (stream -> what the file held) and "lacking" (the streams without a single frame that is not zero)."""
-    label, ids = _labels(fields, dataset, where), _ids(fields)
-    sizes = {m: _count(fields[m]) for m in STREAMS if m in fields}
-    if {*sizes.values(), len(ids) or len(label)} - {len(label)}:
-        raise DataError(f"{where}: {len(label)} labels, {len(ids)} ids and "
-                        f"{', '.join(f'{n} clips of {m}' for m, n in sizes.items())} do not match.")
-    count = min(len(label), limit or len(label))
-    split, seen, held = {"label": label[:count], "id": ids[:count], "real": {}}, {}, {}
-    for m in (*STREAMS, *([SIMULATED] if SIMULATED in fields else [])):
-        split[m], seen[m], held[m] = _stream(fields, m, where, ids, count)
-        fields[m] = None                                        # a stand-in's array is no longer needed
-    lacking = [m for m in STREAMS if not seen[m].any()]
-    aligned = len({seen[m].shape[1] for m in STREAMS}) == 1
-    if aligned:
-        seen.update(dict.fromkeys(STREAMS, seen["text"] | seen["audio"] | seen["vision"]))
-    for m in streams(split):
-        start, stop = _spans(seen[m], None if aligned else fields.get(f"{m}_lengths"))
-        frames = torch.arange(seen[m].shape[1])
-        split["real"][m] = frames < (stop - start)[:, None]
-        for i in (i for i in range(0, count, CHUNK) if start[i:i + CHUNK].any()):
-            part, source = split[m][i:i + CHUNK], frames + start[i:i + CHUNK, None]
-            moved = part.gather(1, source.clamp(max=len(frames) - 1)[..., None].expand_as(part))
-            part.copy_(moved * split["real"][m][i:i + CHUNK, :, None])
-        front, behind = int((start > 0).sum()), int(((stop > 0) & (stop < len(frames))).sum())
-        held[m] += f", zero padding {'in front' if front > behind else 'behind' if behind else 'nowhere'}"
-    return {**split, "held": held, "lacking": lacking}
+def shift(x: torch.Tensor, start: torch.Tensor, real: torch.Tensor) -> None:
+    """In place: each clip of x (N, T, d) begins at position 0 instead of `start` (N,); zero where not `real` (N, T)."""
+    frames = torch.arange(x.shape[1])
+    for i in range(0, len(x), CHUNK):
+        if not start[i:i + CHUNK].any():
+            continue
+        part = x[i:i + CHUNK]
+        source = (frames + start[i:i + CHUNK, None]).clamp(max=len(frames) - 1)
+        moved = part.gather(1, source[..., None].expand_as(part))
+        part.copy_(moved * real[i:i + CHUNK, :, None])
+
+
+def count_clips(fields: dict, names: list, where: str, label: torch.Tensor | None, ids: list) -> int:
+    """How many clips a split has; DataError unless each stream, the labels and the ids are of as many."""
+    sizes = {f"clips of {m}": len(feature_array(fields, m, where)) for m in names}
+    if label is not None:
+        sizes["labels"] = len(label)
+    if ids:
+        sizes["ids"] = len(ids)
+    if len(set(sizes.values())) > 1:
+        numbers = ", ".join(f"{n} {what}" for what, n in sizes.items())
+        raise DataError(f"{where}: {numbers} do not match.")
+    return len(fields["text"])
+
+
+def tensors(fields: dict, dataset: str, where: str, limit: int | None = None, need_labels=True) -> dict:
+    """One split's arrays, checked and shifted to position 0, as the dict that the file's opening describes. `fields` is
+    used up: an array leaves memory as soon as its tensor is there."""
+    names = [m for m in (*STREAMS, SIMULATED) if m in STREAMS or m in fields]
+    ids, label = read_ids(fields, where), None
+    if need_labels or "labels" in fields or "regression_labels" in fields:
+        label = read_labels(fields, dataset, where)
+    count = count_clips(fields, names, where, label, ids)
+    split = {"label": label if label is None else label[:limit], "id": ids[:limit], "real": {}, "details": {}}
+    nonzero, lengths = {}, {}
+    for m in names:
+        lengths[m] = read_lengths(fields, m, where, count, fields[m].shape[1])[:limit]
+        split[m], split["details"][m] = read_features(fields.pop(m)[:limit], m, where, ids)
+        nonzero[m] = (split[m] != 0).any(-1)
+    split["lacking"] = [m for m in STREAMS if not nonzero[m].any()]
+    if is_aligned(split):                       # one span for all streams, whatever lengths are stated
+        together = nonzero["text"] | nonzero["audio"] | nonzero["vision"]
+        nonzero.update(dict.fromkeys(STREAMS, together))
+        lengths = {m: torch.zeros_like(lengths[m]) for m in names}
+    for m in names:
+        start, stop = spans(nonzero[m], lengths[m])
+        split["real"][m] = torch.arange(split[m].shape[1]) < (stop - start)[:, None]
+        shift(split[m], start, split["real"][m])
+    return split
+
+
+def is_aligned(split: dict) -> bool:
+    """Whether all streams have the same number of frames, a word each."""
+    return len({split[m].shape[1] for m in STREAMS}) == 1
 
 
 def streams(split: dict) -> list[str]:
+    """The streams that the split holds, in the order that all code goes through them."""
     return [m for m in (*STREAMS, SIMULATED) if m in split]
+
+
+def nonzero_frames(x: torch.Tensor):
+    """The frames of x (N, T, d) that are not all zero, float64 (n, d), chunk by chunk."""
+    for part in x.split(CHUNK):
+        yield part[(part != 0).any(-1)].double()
 
 
 def statistics(split: dict) -> dict:
     """Mean and standard deviation of each feature over the frames that are not all zero: stream -> (mean, std)."""
     result = {}
     for m in STREAMS:
-        def frames():
-            return (part[(part != 0).any(-1)].double() for part in split[m].split(CHUNK))
-        count = max(1, sum(len(part) for part in frames()))
-        mean = sum(part.sum(0) for part in frames()) / count
-        std = (sum((part - mean).square().sum(0) for part in frames()) / count).sqrt()  # not from E[x^2]: cancellation
+        count = max(1, sum(len(frames) for frames in nonzero_frames(split[m])))
+        mean = sum(frames.sum(0) for frames in nonzero_frames(split[m])) / count
+        squares = sum((frames - mean).square().sum(0) for frames in nonzero_frames(split[m]))
+        std = (squares / count).sqrt()                  # not from E[x^2], which cancels
         result[m] = (mean.float(), torch.where(std > 1e-7 * mean.abs(), std, 1.0).float())
     return result
 
@@ -406,248 +531,360 @@ def standardize(split: dict, stats: dict) -> None:
     for m in streams(split):
         mean, std = stats["text" if m == SIMULATED else m]
         if len(mean) != split[m].shape[2]:
-            raise DataError(f"The data has {split[m].shape[2]} features of {m}, the run was trained on {len(mean)}.")
+            width = split[m].shape[2]
+            raise DataError(f"The data has {width} features of {m}, the run was trained on {len(mean)}.")
         for part in split[m].split(CHUNK):
-            seen = (part != 0).any(-1, keepdim=True)
-            part.sub_(mean).div_(std).clamp_(-5, 5).mul_(seen)
+            nonzero = (part != 0).any(-1, keepdim=True)
+            part.sub_(mean).div_(std).clamp_(-5, 5).mul_(nonzero)
 
 
-# ---------------------------------------------------------------------------------- folders of feature files
+# ---------------------------------------------------------------------------------- feature folders
 
-def _open_npy(path: Path) -> np.ndarray:
-    try:
+def frame_files(folder: Path, clip: str) -> list[Path]:
+    """<clip>.npy, or the files in the folder <clip>, 2.npy before 10.npy; [] if there is neither."""
+    def number_parts(path: Path) -> list:
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
+    with reading(folder / clip, "Name the folder of the clips' files with --features."):
+        if (folder / f"{clip}.npy").is_file():
+            return [folder / f"{clip}.npy"]
+        files = [path for path in (folder / clip).glob("[!.]*.npy") if path.is_file()]
+    return sorted(files, key=number_parts)
+
+
+def open_npy(path: Path) -> np.ndarray:
+    """(frames, features) of one file, not yet read; numbers only."""
+    form = "expected numbers, (frames, features) or (features,)"
+    with reading(path, f"It is no .npy file: {form}."):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read as an array of numbers: {str(error).splitlines()[0]}") from None
-    if array.dtype.kind not in "fiu" or array.ndim not in (1, 2) or 0 in array.shape:
-        raise DataError(f"{path} is an array of {array.dtype} {array.shape}; expected numbers, (frames, features) or "
-                        "(features,).")
-    return array
+        if array.dtype.kind not in "fiu" or array.ndim not in (1, 2) or 0 in array.shape:
+            raise DataError(f"{path} is {describe(array)}; {form}.")
+        return np.atleast_2d(array)
 
 
 class Frames:
-    """One stream of feature files in the place of a tensor (N, T, d): `rows` reads the clips that a batch asks for."""
+    """One stream of feature files in the place of a tensor (N, T, d): `rows` reads the clips that a batch asks for.
+    length (N,): frames of each clip."""
+    device = "cpu"
 
     def __init__(self, name: str, folder: Path, ids: list[str]):
-        self.name, self.paths, self.device = name, [], "cpu"
-        if not folder.is_dir():
-            raise DataError(f"--features {name}={folder}: there is no such folder.")
-        lacking, length, widths = [], [], {}
+        self.name, self.folder, self.ids, lengths, widths = name, folder, ids, [], set()
         for clip in ids:
-            file, parts = folder / f"{clip}.npy", folder / clip
-            paths = [file] if file.is_file() else sorted(parts.glob("*.npy")) if parts.is_dir() else []
-            if not paths:
-                lacking.append(clip)
-                continue
-            shape = _open_npy(paths[0]).shape
-            self.paths.append(paths)
-            length.append(shape[0] if len(paths) == 1 and len(shape) == 2 else len(paths))
-            widths.setdefault(shape[-1], clip)
-        if lacking:
-            raise DataError(f"--features {name}={folder} lacks {len(lacking)} of {len(ids)} clips, first {lacking[0]}.")
-        if len(widths) > 1:
-            (a, first), (b, second) = list(widths.items())[:2]
-            raise DataError(f"--features {name}={folder}: clip {first} has {a} features a frame, clip {second} {b}.")
-        self.length = torch.tensor(length)
-        self.shape = (len(ids), max(length), next(iter(widths)))
+            files = frame_files(folder, clip)
+            if not files:
+                raise DataError(f"--features {name}={folder} has no {clip}.npy and no folder {clip} of .npy files.")
+            frames, width = open_npy(files[0]).shape
+            lengths.append(frames if len(files) == 1 else len(files))
+            widths.add(width)
+            if len(widths) > 1:
+                raise DataError(f"{files[0]} has {width} features a frame, the clips before it have not.")
+        self.length, self.width = torch.tensor(lengths), width
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.ids), int(self.length.max()), self.width
 
     def to(self, device) -> "Frames":
         self.device = device
         return self
 
-    def keep(self, index: torch.Tensor) -> None:
+    def select(self, index: torch.Tensor) -> None:
         """Only these clips from now on."""
-        self.paths, self.length = [self.paths[i] for i in index.tolist()], self.length[index]
-        self.shape = (len(index), int(self.length.max()), self.shape[2])
+        self.ids, self.length = [self.ids[i] for i in index.tolist()], self.length[index]
 
     def rows(self, index: torch.Tensor, longest: int) -> torch.Tensor:
-        """float32 (len(index), longest, d) on the device, padded behind."""
-        def read(row: int, i: int) -> None:
-            parts = [np.atleast_2d(_open_npy(path)) for path in self.paths[i]]
-            array = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            if array.shape != (int(self.length[i]), self.shape[2]):
-                raise DataError(f"{self.paths[i][0]}: this clip has {array.shape} values of {self.name} now, and had "
-                                f"{(int(self.length[i]), self.shape[2])} before, or its frames differ.")
-            x.numpy()[row, :len(array)] = array[:longest]
-        x = torch.zeros(len(index), longest, self.shape[2])
-        with ThreadPoolExecutor(8) as readers:
-            list(readers.map(read, range(len(index)), index.tolist()))
-        if not (x.sum().isfinite() or x.isfinite().all()):      # the sum tells nearly always, and at once
-            bad = index[int((~x.isfinite()).flatten(1).any(1).nonzero()[0])]
-            raise DataError(f"{self.paths[bad][0]}: '{self.name}' holds values that are NaN or infinite.")
+        """float32 (len(index), longest, d) on the device, padded behind; DataError if a file is not as it was."""
+        x = torch.zeros(len(index), longest, self.width)
+        for row, i in enumerate(index.tolist()):
+            where = self.folder / self.ids[i]
+            with reading(where, "The clip's frames differ from each other, or have changed."):
+                frames = [open_npy(path) for path in frame_files(self.folder, self.ids[i])]
+                array = np.concatenate(frames)
+                if array.shape != (int(self.length[i]), self.width):
+                    raise ValueError
+                with np.errstate(all="ignore"):
+                    x[row, :len(array)] = torch.from_numpy(array[:longest].astype(np.float32))
+            if not x[row].isfinite().all():
+                raise DataError(f"{where}: '{self.name}' has values that are NaN, infinite or too large for float32.")
         return x.to(self.device)
 
 
-def read_labels(path: Path) -> dict:
+def read_corpus(path: Path) -> dict:
     """split -> (ids, sentiment (N,)) of Double-Flow's label file: an .npz of train_corpus, val_corpus and test_corpus,
     each a pickled dict clip -> {"emo", "val"}. Read as every pickle here: nothing in it runs."""
-    result, form = {}, "Expected an .npz of train_corpus, val_corpus and test_corpus, each a dict clip -> {emo, val}."
-    with told(f"--labels {path}", form), zipfile.ZipFile(path) as archive:
+    advice = "Expected an .npz of train_corpus, val_corpus, test_corpus: dicts clip -> {emo, val}."
+    result = {}
+    with opening(path, advice) as whole, zipfile.ZipFile(whole) as archive:
         for split, name in zip(SPLITS, ("train_corpus.npy", "val_corpus.npy", "test_corpus.npy")):
             if archive.getinfo(name).file_size > 1 << 28:
                 raise pickle.UnpicklingError(f"{name} is too large for a list of labels")
-            raw = archive.read(name)
-            raw = raw[raw.index(b"\n") + 1:]                    # behind numpy's header, which ends in a new line
-            corpus = _plain(_Unpickler(_File(raw)).load(), 1).reshape(-1)[0]
-            values = np.array([float(np.reshape(_plain(fact["val"], 1), ())) for fact in corpus.values()], np.float32)
-            result[split] = list(map(str, corpus)), torch.from_numpy(values)
+            with archive.open(name) as file:
+                file.readline()                         # numpy's header, which ends in a new line
+                corpus = plain(Unpickler(file, encoding="bytes").load())
+            values = [float(np.reshape(plain(facts["val"]), ())) for facts in corpus.values()]
+            result[split] = list(map(to_text, corpus)), torch.tensor(values)
     for split, (ids, label) in result.items():
         if not ids or not (label.abs() <= 3).all():
-            raise DataError(f"--labels {path}: {split} is empty, or a sentiment in it leaves the range [-3, 3].")
-        if strange := next((i for i in ids if Path(i).name != i or i in ("", ".", "..")), None):
-            raise DataError(f"--labels {path}: {strange!r} cannot be the name of a clip's file.")
+            raise DataError(f"--labels {path}: {split} is empty, or leaves the range [-3, 3].")
+        for clip in ids:
+            if Path(clip).name != clip or clip in ("", ".", ".."):
+                raise DataError(f"--labels {path}: {clip!r} cannot be the name of a clip's file.")
     return result
 
 
-def folder(text: str) -> tuple[str, str]:
-    """name=DIR of --features."""
-    name, sign, where = text.partition("=")
-    known = (*STREAMS, SIMULATED)
-    if name not in known or not sign or not where:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR with NAME one of {', '.join(known)}")
-    return name, where
+def fingerprint(labels: Path, features: dict, corpus: dict) -> str:
+    """A hash of the label file and of the names, sizes and times of all clips' files: their contents are not read."""
+    digest = hashlib.sha256(labels.read_bytes())
+    clips = [clip for ids, _ in corpus.values() for clip in ids]
+    for m in sorted(features):
+        for clip in clips:
+            for file in frame_files(Path(features[m]), clip):
+                stat = file.stat()
+                line = f"{m} {clip} {file.name} {stat.st_size} {stat.st_mtime_ns}\n"
+                digest.update(line.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
-def _feature_splits(features: dict, labels: Path, splits, limit: int | None, max_frames: int) -> tuple[dict, dict]:
-    """The named splits over feature folders, and their source."""
-    if lacking := [m for m in STREAMS if m not in features]:
-        raise DataError(f"--features lacks {', '.join(lacking)}: give text=DIR audio=DIR vision=DIR, if you have it "
+def load_folders(features: dict, labels: Path, splits, limit: int | None, max_frames: int) -> tuple:
+    """The splits over feature folders (stream -> folder), and their source."""
+    if absent := [m for m in STREAMS if m not in features]:
+        raise DataError(f"--features lacks {', '.join(absent)}: give text=DIR audio=DIR vision=DIR, if you have it "
                         f"{SIMULATED}=DIR, and --labels FILE.")
-    corpus, result, said = read_labels(labels), {}, []
+    corpus, result = read_corpus(labels), {}
+    notes = shared_clips({s: corpus[s][0] for s in SPLITS})
     for s in splits:
-        ids, label = (part[:limit] for part in corpus[s])
+        ids, label = corpus[s][0][:limit], corpus[s][1][:limit]
         split = {m: Frames(m, Path(features[m]), ids) for m in (*STREAMS, SIMULATED) if m in features}
-        longest = torch.stack([f.length for f in split.values()]).amax(0)
-        kept = (longest <= max_frames).nonzero()[:, 0] if s == "train" else torch.arange(len(ids))
-        if len(kept) == 0:
-            raise DataError(f"All training clips are longer than --max-frames {max_frames}.")
-        if len(kept) < len(ids):
-            said.append(f"{len(ids) - len(kept)} training clips of more than {max_frames} frames are left out")
-        for frames in split.values():
-            frames.keep(kept)
-        real = {m: torch.arange(f.shape[1]) < f.length[:, None] for m, f in split.items()}
-        result[s] = {**split, "real": real, "label": label[kept], "id": [ids[i] for i in kept.tolist()], "lacking": []}
-    widths = sorted((m, Path(where).name, result[splits[0]][m].shape[2]) for m, where in features.items())
-    digest = hashlib.sha256(labels.read_bytes() + repr(widths).encode()).hexdigest()
-    folders = " ".join(f"{m}={where}" for m, where in features.items())
-    return result, {"file": f"features {folders} labels={labels}", "sha256": digest, "synthetic": False,
-                    "sizes": [len(corpus[s][0]) for s in SPLITS],
-                    "notes": said + _shared({s: ids for s, (ids, _) in corpus.items()})}
+        if s == "train":
+            longest = torch.stack([frames.length for frames in split.values()]).amax(0)
+            index = (longest <= max_frames).nonzero()[:, 0]
+            number = len(ids) - len(index)
+            if number == len(ids):
+                raise DataError(f"All training clips are longer than --max-frames {max_frames}.")
+            if number:
+                notes.append(f"{number} training clips of more than {max_frames} frames are left out")
+            for frames in split.values():
+                frames.select(index)
+            label = label[index]
+        real = {m: torch.arange(x.shape[1]) < x.length[:, None] for m, x in split.items()}
+        result[s] = {**split, "real": real, "label": label, "id": split["text"].ids, "lacking": []}
+    folders = " ".join(f"{m}={folder}" for m, folder in features.items())
+    return result, {
+        "file": printable(f"features {folders} labels={labels}", 600),
+        "sha256": fingerprint(labels, features, corpus),
+        "synthetic": False, "sizes": [len(corpus[s][0]) for s in SPLITS],
+        "layout": "feature folders", "max_frames": max_frames, "notes": notes,
+    }
 
 
-def _read(dataset: str | None, data_dir, splits, synthetic, limit, features, labels, max_frames) -> tuple:
-    """The data set's name, its splits as they are, and their source; the arguments are those of `load`."""
-    if features:
-        result, source = _feature_splits(features, Path(labels), splits, limit, max_frames)
-    elif synthetic:
-        overlapping = synthetic == "overlapping"
-        fields = {s: stand_in(dataset, s, overlapping=overlapping) for s in splits}
-        source = {"file": SYNTHETIC + (", overlapping streams" if overlapping else ""), "sha256": None,
-                  "synthetic": True, "sizes": list(SIZES[dataset]), "notes": []}
-    else:
-        data_dir = find(dataset, data_dir)
-        fields = read_pickle(data_dir)
-        sizes = [_count(fields[s].get("text")) for s in SPLITS]
-        dataset = dataset or next((d for d, known in SIZES.items() if [*known] == sizes), None) or (
-            "iemocap" if np.shape(fields["train"].get("labels", ()))[1:2] == (4,) else "mosi")
-        source = {"file": str(data_dir), "sha256": sha256(data_dir), "synthetic": fields["SYNTHETIC"], "sizes": sizes,
-                  "layout": "MMSA" if "regression_labels" in fields["train"] else "MulT",
-                  "notes": _shared({s: _ids(fields[s]) for s in SPLITS})}
-    if not features:
-        result = {s: tensors(fields.pop(s), dataset, f"{source['file']}, split {s}", limit) for s in splits}
-    source["arguments"] = {"data_dir": str(data_dir), "synthetic": synthetic, "features": features,
-                           "labels": labels and str(labels), "max_frames": max_frames}
+# ---------------------------------------------------------------------------------- loading
+
+def shared_clips(ids: dict[str, list[str]]) -> list[str]:
+    """Notes on clips that stand in more than one split, or more than once in one; ids: split -> its clips' ids."""
+    notes = []
+    for a, b in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        if both := set(ids.get(a, ())) & set(ids.get(b, ())):
+            clip = printable(min(both))
+            notes.append(f"{len(both)} clips stand in both {a} and {b}, for instance {clip}")
+    for s in ids:
+        repeats = len(ids[s]) - len(set(ids[s]))
+        if not ids[s]:
+            notes.append(f"{s} has no ids, so nothing tells whether its clips stand elsewhere too")
+        elif repeats:
+            notes.append(f"{repeats} clips of {s} have the id of another one in it")
+    return notes
+
+
+def data_set_of(sizes: list) -> str | None:
+    """The data set that a file's three sizes say: each within a tenth of the standard one, as the same data set's
+    releases are of each other."""
+    for name, standard in SIZES.items():
+        if all(n is not None and abs(n - m) <= m / 10 for n, m in zip(sizes, standard)):
+            return name
+    return None
+
+
+def clip_count(content: dict, split: str) -> int | None:
+    """Clips of a split of a file; None where the file lacks the split or its text."""
+    text = content.get(split, {}).get("text")
+    return len(text) if isinstance(text, np.ndarray) and text.ndim else None
+
+
+def load_pickle(dataset: str | None, data_dir, splits, limit: int | None) -> tuple[str, dict, dict]:
+    """The data set's name, its splits, and their source. dataset None: as the file's sizes and labels say; splits None:
+    those that the file holds."""
+    path = find(dataset, data_dir)
+    content = read_pickle(path, splits or ())
+    present = [s for s in SPLITS if s in content]
+    splits = splits or present
+    sizes = [clip_count(content, s) for s in SPLITS]
+    meant = data_set_of(sizes)
+    if dataset and meant and meant != dataset:
+        numbers = "/".join(map(str, sizes))
+        raise DataError(f"{path} has {numbers} clips, the splits of {meant}, not of {dataset}. "
+                        f"Use --dataset {meant}, or name another file.")
+    if not dataset:
+        labels = content[splits[0]].get("labels")
+        emotions = isinstance(labels, np.ndarray) and labels.shape[1:2] == (4,)
+        dataset = meant or ("iemocap" if emotions else "mosi")
+    source = {
+        "file": printable(str(path), 300),
+        "sha256": sha256(path),
+        "synthetic": content["SYNTHETIC"],
+        "sizes": sizes,
+        "layout": "MMSA" if any("regression_labels" in content[s] for s in present) else "MulT",
+        "max_frames": None,
+        "notes": shared_clips({s: read_ids(content[s], f"{path}, split {s}") for s in present}),
+    }
+    for s in present:
+        if s not in splits:
+            del content[s]
+    result = {}
+    for s in splits:
+        need = s == "train" or (s == "valid" and "train" in splits)
+        result[s] = tensors(content.pop(s), dataset, f"{path}, split {s}", limit, need)
     return dataset, result, source
 
 
-def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "valid"), device="cpu", normalize=True,
-         stats: dict | None = None, synthetic=False, limit: int | None = None, features: dict | None = None,
-         labels: str | Path | None = None, max_frames: int = MAX_FRAMES) -> dict:
-    """The named splits, plus "dataset", "dims" (stream -> width), "aligned" (whether all streams have the same number
-    of frames), "lacking" (streams without a single frame in these splits), "stats" (None without normalisation) and
-    "source": what the data is, and the arguments that load it again. `dataset` None: told from the file, for a look at
-    it. `stats` of an earlier load replace the training split's own; `limit` keeps each split's first clips. The other
-    splits' features are not read. Memory peaks a little above the float32 size of the features. With `features`
-    (stream -> folder) and `labels`, clips are read from feature files batch by batch, as they are: normalize must be
-    off."""
-    if features and (normalize or dataset == "iemocap" or labels is None):
-        raise DataError("--features needs --labels FILE, Double-Flow's label_official.npz, and holds sentiment clips "
-                        "that are used as they are: mosi or mosei, without --normalize.")
-    dataset, result, source = _read(dataset, data_dir, splits, synthetic, limit, features, labels, max_frames)
-    dims = {m: result[splits[0]][m].shape[2] for m in streams(result[splits[0]])}
-    if any(dims != {m: result[s][m].shape[2] for m in streams(result[s])} for s in splits):
-        raise DataError(f"{source['file']}: the splits differ in feature width.")
+def load_stand_in(dataset: str, splits, limit: int | None) -> tuple[dict, dict]:
+    """The stand-in's splits, and their source."""
+    result = {}
+    for s in splits:
+        result[s] = tensors(stand_in(dataset, s), dataset, f"{SYNTHETIC}, split {s}", limit)
+    return result, {
+        "file": SYNTHETIC, "sha256": None, "synthetic": True, "sizes": list(SIZES[dataset]),
+        "layout": "MulT", "max_frames": None, "notes": [],
+    }
+
+
+def content_notes(dataset: str, result: dict) -> list[str]:
+    """What a reader of a table should know of the splits' content; result: split -> split."""
+    notes = []
+    for s, split in result.items():
+        if split["lacking"]:
+            sets = [c for c in SETS if c not in answerable(SETS, split["lacking"])]
+            names = " ".join("{" + ",".join(c) + "}" for c in sets)
+            notes.append(f"{s} has no frame of {' and '.join(split['lacking'])}: {names} are not answered and count in "
+                         "no average; {l,a,v} is all that there is")
+    labels = [split["label"] for split in result.values() if split["label"] is not None]
+    if dataset != "iemocap" and labels and all(label.abs().max() <= 1 for label in labels):
+        notes.append("all labels lie within [-1, 1]: Acc-7, which is of [-3, 3], means nothing")
+    return notes
+
+
+def widths(result: dict, file: str) -> dict:
+    """stream -> features a frame; DataError unless they are the same in all splits."""
+    dims = {}
+    for split in result.values():
+        previous, dims = dims, {m: split[m].shape[2] for m in streams(split)}
+        if previous not in ({}, dims):
+            raise DataError(f"{file}: the splits differ in feature width.")
     if dims.get(SIMULATED, dims["text"]) != dims["text"]:
-        raise DataError(f"{source['file']}: simulated_text has {dims[SIMULATED]} features, text {dims['text']}; they "
-                        "must be the same.")
+        raise DataError(f"{file}: simulated_text has {dims[SIMULATED]} features, text {dims['text']}; "
+                        "they must be the same.")
+    return dims
+
+
+def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "valid"), device="cpu",
+         normalize: bool = True, stats: dict | None = None, synthetic: bool = False,
+         limit: int | None = None, features: dict | None = None, labels: str | Path | None = None,
+         max_frames: int = MAX_FRAMES) -> dict:
+    """The named splits, each as the file's opening describes, and beside them
+
+        dataset    its name               dims       stream -> width
+        aligned    all streams have the same number of frames
+        lacking    the streams that have no frame at all in one of these splits
+        stats      stream -> (mean, std) of the training split, None without normalize
+        source     what the data is: file, sha256, synthetic, sizes (of the three splits, None = absent), layout,
+                   max_frames, notes; of feature folders "sha256" is a fingerprint of names, sizes and times
+
+    stats: an earlier load's, in the place of the training split's own. limit: only the first clips of each split.
+    features (stream -> folder) and labels: clips are read batch by batch, as they are, so normalize must be off.
+    The file must hold `splits` alone; where train is asked for, train and valid must have labels. Memory peaks at the
+    file plus the float32 size of the features asked for. DataError for whatever is wrong with the files.
+    """
+    if features and (normalize or dataset == "iemocap" or labels is None):
+        raise DataError("--features needs --labels FILE, Double-Flow's label_official.npz, and holds sentiment "
+                        "clips that are used as they are: mosi or mosei, without --normalize.")
+    if features:
+        result, source = load_folders(features, Path(labels), splits, limit, max_frames)
+    elif synthetic:
+        result, source = load_stand_in(dataset, splits, limit)
+    else:
+        dataset, result, source = load_pickle(dataset, data_dir, splits, limit)
+    dims = widths(result, source["file"])
+    aligned = not features and all(is_aligned(split) for split in result.values())
     if normalize:
         stats = stats or statistics(result["train"])
-        for s in splits:
-            standardize(result[s], stats)
-    for s in splits:
-        result[s].update({k: result[s][k].to(device) for k in (*streams(result[s]), "label")})
-    aligned = not features and all(len({result[s][m].shape[1] for m in STREAMS}) == 1 for s in splits)
-    lacking = [m for m in STREAMS if all(m in result[s]["lacking"] for s in splits)]
-    if lacking:
-        gone = " ".join("{" + ",".join(c) + "}" for c in SETS if c not in answerable(SETS, lacking))
-        source["notes"].append(f"there is no {' and no '.join(lacking)}: {gone} are not answered and count in no "
-                               "average; {l,a,v} is all that there is")
+    for split in result.values():
+        if normalize:
+            standardize(split, stats)
+        for name in (*streams(split), "label"):
+            split[name] = split[name] if split[name] is None else split[name].to(device)
+    source["notes"] += content_notes(dataset, result)
     if not aligned and not features:
         source["notes"].append("the streams are not aligned")
-    return {**result, "dataset": dataset, "dims": dims, "aligned": aligned, "lacking": lacking,
-            "stats": stats if normalize else None, "source": source}
+    lacking = set().union(*(split["lacking"] for split in result.values()))
+    return {
+        **result, "dataset": dataset, "dims": dims, "aligned": aligned,
+        "lacking": [m for m in STREAMS if m in lacking],
+        "stats": stats if normalize else None, "source": source,
+    }
 
 
-def _shared(ids: dict[str, list[str]]) -> list[str]:
-    """Which clips stand in more than one split, or more than once in one; ids: split -> its clips' ids."""
-    said = []
-    for a, b in (("train", "valid"), ("train", "test"), ("valid", "test")):
-        if both := set(ids[a]) & set(ids[b]):
-            said.append(f"{len(both)} clips stand in both {a} and {b}, for instance {_printable(min(both))}")
-    for s in SPLITS:
-        if not ids[s]:
-            said.append(f"{s} has no ids, so nothing tells whether its clips stand elsewhere too")
-        elif twice := len(ids[s]) - len(set(ids[s])):
-            said.append(f"{twice} clips of {s} have the id of another one in it")
-    return said
+def identity(source: dict) -> str:
+    """The data's file and what tells it from others, for a log."""
+    if source["sha256"] is None:
+        return source["file"]
+    kind = "SHA-256"
+    if source["layout"] == "feature folders":
+        kind = "fingerprint of names, sizes and times"
+    return f"{source['file']}, {kind} {source['sha256']}"
 
 
 def comparison(run: dict, source: dict, widths: dict) -> tuple[bool, str]:
-    """Whether numbers on this data may stand beside a paper's, which are of features of these widths; and what is to be
-    said of that, if anything. run: "dataset", "dims" and "limit", as in a run record."""
-    dims, standard = run["dims"], SIZES[run["dataset"]]
-    why = ["the data is SYNTHETIC"] if source["synthetic"] else []
+    """Whether numbers on this data may stand beside a paper's, which are of features of these widths: the test split
+    has the standard size, the text the paper's width. And what is to be said of that, if anything. run: "dataset",
+    "dims" and "limit", as in a run record."""
+    dims, sizes, standard = run["dims"], source["sizes"], SIZES[run["dataset"]]
+    reasons, differences = [], []
+    if source["synthetic"]:
+        reasons.append("the data is SYNTHETIC")
     if run["limit"]:
-        why.append(f"only the first {run['limit']} clips of each split are used")
-    if tuple(source["sizes"]) != standard:
-        sizes, standard = ("/".join(map(str, of)) for of in (source["sizes"], standard))
-        why.append(f"{sizes} clips are not the standard splits of {run['dataset']} ({standard})")
+        reasons.append(f"only the first {run['limit']} clips of each split are used")
+    if sizes[2] != standard[2]:
+        reasons.append(f"{sizes[2]} test clips are not the {standard[2]} of {run['dataset']}'s standard split")
     if dims["text"] != widths["text"]:
         bert = ", as from BERT" if dims["text"] == 768 else ""
-        why.append(f"text is {dims['text']} wide{bert}, not {widths['text']}")
-    if why:
-        return False, "nothing is compared with the paper: " + "; ".join(why)
-    other = ", ".join(f"{m} {dims[m]} wide, not {w}" for m, w in widths.items() if dims[m] != w)
-    return True, other and f"the paper's features are others: {other}"
+        reasons.append(f"text is {dims['text']} wide{bert}, not {widths['text']}")
+    if reasons:
+        return False, "nothing is compared with the paper: " + "; ".join(reasons)
+    for split, n, expected in zip(SPLITS, sizes, standard):
+        if n != expected:
+            differences.append(f"{split} has {n} clips, the paper's {expected}")
+    for m, width in widths.items():
+        if dims[m] != width:
+            differences.append(f"{m} is {dims[m]} wide, the paper's {width}")
+    return True, "; ".join(differences)
 
 
 # ---------------------------------------------------------------------------------- missing frames and streams
 
 def drop(real: torch.Tensor, rate, generator: torch.Generator) -> torch.Tensor:
-    """present (N, T): floor(rate * n + u) of a clip's n real frames are gone, u uniform in [0, 1), the frames
-    uniform without replacement. rate: a number or (N,). The mean rate is exact even for clips of one frame."""
+    """present (N, T): floor(rate * n + u) of a clip's n real frames are not, u uniform in [0, 1), the frames uniform
+    without replacement. rate: a number or (N,). The mean rate is exact even for clips of one frame."""
     n = real.sum(1)
     u = torch.rand(len(real), dtype=torch.float64, generator=generator)
-    gone = (torch.as_tensor(rate, dtype=torch.float64) * n + u).floor()
+    number = (torch.as_tensor(rate, dtype=torch.float64) * n + u).floor()
     order = torch.rand(real.shape, generator=generator).masked_fill(~real, 2.0).argsort(1).argsort(1)
-    return real & (order >= gone[:, None])
+    return real & (order >= number[:, None])
 
 
 def training_masks(real: dict, generator: torch.Generator) -> dict:
     """Modality random missing, present: stream -> (B, T_m). Our choice where the papers are silent: a clip keeps one
     of the 7 non-empty sets of streams, and of each stream's frames it loses a share from 0, 0.1, ..., 0.9."""
     count = len(real["text"])
-    available = torch.randint(1, 8, (count,), generator=generator)
+    available = torch.randint(1, 8, (count,), generator=generator)      # a bit for each stream
     present = {}
     for bit, m in enumerate(STREAMS):
         rate = torch.randint(0, 10, (count,), generator=generator).double() / 10
@@ -670,178 +907,185 @@ def answerable(sets, lacking: list[str]) -> list[str]:
 
 
 def realised(present: dict, real: dict) -> dict:
-    """stream -> the share of its real frames that is gone; None for a stream that has none."""
-    return {m: 1 - present[m].sum().item() / real[m].sum().item() if real[m].any() else None for m in STREAMS}
+    """stream -> the share of its real frames that is missing; None for a stream that has none."""
+    result = {}
+    for m in STREAMS:
+        total = real[m].sum().item()
+        result[m] = 1 - present[m].sum().item() / total if total else None
+    return result
 
 
-def batches(real: dict, index: torch.Tensor, size: int, generator: torch.Generator, pool: int = 4):
+def batches(real: dict, index: torch.Tensor, size: int, generator: torch.Generator, pool=4) -> list:
     """`index` as random batches of clips of similar length: sorted by length, ties at random, cut into pools of
     `pool` batches, shuffled inside each pool, the batches in random order."""
     index = index[torch.randperm(len(index), generator=generator)]
-    index = index[sum(real[m][index].sum(1) for m in STREAMS).argsort(stable=True)]
-    index = torch.cat([p[torch.randperm(len(p), generator=generator)] for p in index.split(pool * size)])
+    frames = sum(real[m][index].sum(1) for m in STREAMS)
+    pools = index[frames.argsort(stable=True)].split(pool * size)
+    index = torch.cat([p[torch.randperm(len(p), generator=generator)] for p in pools])
     groups = index.split(size)
     return [groups[i] for i in torch.randperm(len(groups), generator=generator)]
 
 
-def sent(tensors: list[torch.Tensor], device) -> list[torch.Tensor]:
-    """CPU tensors of one type on the device, by one copy for which nothing waits."""
-    if torch.device(device).type == "cpu":
-        return tensors
-    flat = torch.cat([t.flatten() for t in tensors]).pin_memory().to(device, non_blocking=True)
-    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+def batch(split: dict, index: torch.Tensor, generator: torch.Generator | None = None) -> tuple:
+    """(complete, missing, real) of the clips of `index`, a CPU tensor, cut to their longest, on the split's device.
 
-
-def ahead(split: dict, items):
-    """The items of a generator; over feature folders each is made by a thread while the one before it is in use."""
-    if not isinstance(split["text"], Frames):
-        yield from items
-        return
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = reader.submit(next, items, None)
-            yield item
-
-
-def gather(split: dict, m: str, index: torch.Tensor, there: torch.Tensor, longest: int) -> torch.Tensor:
-    """Stream m of these clips, cut to `longest` frames, on the device. there: index on the device."""
-    x = split[m]
-    return x.rows(index, longest) if isinstance(x, Frames) else x[:, :longest][there]
-
-
-def batch(split: dict, index: torch.Tensor, there: torch.Tensor, draw=None) -> tuple[dict, dict, dict]:
-    """The clips of `index` cut to their longest, on the device: streams, real, and what `draw` makes of real, or {}.
-    there: index on the device."""
-    real = {m: split["real"][m][index] for m in streams(split)}
-    longest = {m: max(1, int(r.sum(1).max())) for m, r in real.items()}
-    real = {m: r[:, :longest[m]] for m, r in real.items()}
-    present = draw(real) if draw else {}
-    masks = iter(sent([*real.values(), *present.values()], there.device))
-    return ({m: gather(split, m, index, there, longest[m]) for m in real}, *({m: next(masks) for m in d}
-                                                                             for d in (real, present)))
+    complete: stream -> (B, T, d). missing: with a generator the same after training_masks, of STREAMS alone; without
+    one None. real: stream -> bool (B, T).
+    """
+    complete, cut = {}, {}
+    for m in streams(split):
+        real, x = split["real"][m][index], split[m]
+        longest = max(1, int(real.sum(1).max()))
+        cut[m] = real[:, :longest]
+        if isinstance(x, Frames):
+            complete[m] = x.rows(index, longest)
+        else:
+            complete[m] = x[:, :longest][index.to(x.device)]
+    missing = None
+    if generator is not None:
+        present = training_masks(cut, generator)
+        missing = {m: complete[m] * present[m].to(complete[m].device)[..., None] for m in STREAMS}
+    return complete, missing, {m: cut[m].to(complete[m].device) for m in cut}
 
 
 # ---------------------------------------------------------------------------------- the synthetic stand-in
 
 # Measured on MOSI where known, else from the data sets' papers: label mean and deviation before clipping, share of
-# zeros; median and spread of the log length. Strengths are calibrated: see stand_in.
-_LABELS = {"mosi": ((.25, 1.62, .04), (.33, 1.78, .05), (-.34, 1.72, .04)), "mosei": ((.25, 1.15, .22),) * 3,
-           "iemocap": ((.36, .25, .20, .19), (.36, .25, .20, .19), (.409, .144, .206, .241))}
+# zeros (IEMOCAP: the share of each emotion); median and spread of the log length. The strengths are calibrated, so that
+# text tells most of the label and audio and vision a part.
+_LABELS = {
+    "mosi": ((.25, 1.62, .04), (.33, 1.78, .05), (-.34, 1.72, .04)),
+    "mosei": ((.25, 1.15, .22),) * 3,
+    "iemocap": ((.36, .25, .20, .19), (.36, .25, .20, .19), (.409, .144, .206, .241)),
+}
 _LENGTHS = {"mosi": (50, 11, .64), "mosei": (50, 19, .6), "iemocap": (20, 12, .5)}
 _STRENGTH = {"text": 2.0, "audio": .65, "vision": .5}
 
 
-def stand_in(dataset: str, split: str, seed: int = 0, overlapping: bool = False) -> dict:
-    """Made-up features in the real sizes, as MulT's pickle holds them: front-padded float32 arrays.
-
-    A frame is a mix of 12 hidden factors. In a few frames of a clip, marked by one factor, others carry the label plus
-    noise of the clip and stream: little noise in text, more in audio and vision, so each holds a part of its own.
-    overlapping: there are three noisy cues of the label a clip, and each stream holds two of them, so that any two
-    streams hold all that three do, and what one has lost another one may still tell. The factors that carry the cues
-    are three times as loud in unmarked frames: a mean over the frames loses most of them, attention need not.
-    """
-    n, position = SIZES[dataset][SPLITS.index(split)], SPLITS.index(split)
-    rng = np.random.default_rng([seed, zlib.crc32(dataset.encode()), position])
-    longest, median, spread = _LENGTHS[dataset]
-    length = np.clip(np.rint(median * np.exp(spread * rng.standard_normal(n))), 2, longest).astype(int)
+def random_labels(dataset: str, split: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Labels as MulT's file holds them, and what of them the features shall carry, (N, 1) or (N, 4)."""
+    position = SPLITS.index(split)
+    n = SIZES[dataset][position]
     if dataset == "iemocap":
         labels = np.eye(4, dtype=np.float32)[rng.choice(4, n, p=_LABELS[dataset][position])]
-        signal, labels = labels - .25, np.stack((1 - labels, labels), -1)
-    else:
-        mean, deviation, zeros = _LABELS[dataset][position]
-        y = np.clip(np.rint(5 * rng.normal(mean, deviation, n)) / 5, -3, 3)
-        y[y == 0] = rng.choice([-.2, .2], (y == 0).sum())       # the share of zeros is set, not left to rounding
-        y[rng.random(n) < zeros] = 0
-        signal, labels = y[:, None] / 1.5, y.astype(np.float32).reshape(n, 1, 1)
+        return np.stack((1 - labels, labels), -1), labels - .25
+    mean, deviation, zeros = _LABELS[dataset][position]
+    y = np.clip(np.rint(5 * rng.normal(mean, deviation, n)) / 5, -3, 3)
+    y[y == 0] = rng.choice([-.2, .2], (y == 0).sum())   # the share of zeros is set, not left to rounding
+    y[rng.random(n) < zeros] = 0
+    return y.astype(np.float32).reshape(n, 1, 1), y[:, None] / 1.5
+
+
+def random_frames(name: str, shared_seed: list, cues: np.ndarray, length: np.ndarray, longest: int, rng):
+    """Front-padded float32 array (N, longest, d): a frame is a mix of 12 hidden factors. In a few frames of a clip,
+    marked by the first factor, those behind it carry `cues` (N, k)."""
+    shared = np.random.default_rng(shared_seed)             # the same in all splits
+    width = GLOVE[name]
+    mix, scale = shared.standard_normal((12, width)), 10 ** shared.uniform(-1, 1, width)
+    offset = scale * shared.standard_normal(width)
+    x = np.zeros((len(cues), longest, width), np.float32)
+    for i in range(0, len(cues), CHUNK):
+        n = length[i:i + CHUNK, None]
+        factors = rng.standard_normal((len(n), longest, 12)).astype(np.float32)
+        marks = rng.random((len(n), longest)) < .2
+        marks[np.arange(len(n)), -1 - rng.integers(0, n[:, 0])] = True          # at least one frame
+        factors[..., 0] += 3 * marks
+        factors[..., 1:1 + cues.shape[1]] += 1.5 * marks[..., None] * cues[i:i + CHUNK, None]
+        frames = factors @ np.float32(mix * scale)
+        frames += rng.standard_normal(frames.shape, np.float32) * np.float32(scale) + np.float32(offset)
+        frames[np.arange(longest) < longest - n] = 0
+        x[i:i + CHUNK] = frames
+    return x
+
+
+def stand_in(dataset: str, split: str, seed: int = 0) -> dict:
+    """Made-up features in the real sizes, as MulT's pickle holds them. Each stream carries the label plus noise of the
+    clip and stream: little noise in text, more in audio and vision, so each holds a part that the others lack."""
+    name = zlib.crc32(dataset.encode())
+    rng = np.random.default_rng([seed, name, SPLITS.index(split)])
+    longest, median, spread = _LENGTHS[dataset]
+    n = SIZES[dataset][SPLITS.index(split)]
+    length = np.clip(np.rint(median * np.exp(spread * rng.standard_normal(n))), 2, longest).astype(int)
+    labels, signal = random_labels(dataset, split, rng)
     fields = {"labels": labels}
-    if overlapping:
-        cues = signal + rng.standard_normal((3, *signal.shape))
-    for i, m in enumerate(STREAMS):
-        shared = np.random.default_rng([seed, zlib.crc32(f"{dataset}/{m}".encode())])      # the same in all splits
-        mix, scale = shared.standard_normal((12, GLOVE[m])), 10 ** shared.uniform(-1, 1, GLOVE[m])
-        offset = scale * shared.standard_normal(GLOVE[m])
-        told = (np.concatenate((cues[i], cues[i - 1]), 1) if overlapping
-                else _STRENGTH[m] * signal + rng.standard_normal(signal.shape))
-        x = np.zeros((n, longest, GLOVE[m]), np.float32)
-        for j in range(0, n, CHUNK):
-            here = length[j:j + CHUNK, None]
-            factors = rng.standard_normal((len(here), longest, 12)).astype(np.float32)
-            chosen = rng.random((len(here), longest)) < .2
-            chosen[np.arange(len(here)), -1 - rng.integers(0, here[:, 0])] = True          # at least one frame
-            factors[..., 0] += 3 * chosen
-            if overlapping:
-                factors[..., 1:1 + told.shape[1]] *= np.where(chosen, 1, 3)[..., None]
-            factors[..., 1:1 + told.shape[1]] += 1.5 * chosen[..., None] * told[j:j + CHUNK, None]
-            frames = factors @ np.float32(mix * scale)
-            frames += rng.standard_normal(frames.shape, np.float32) * np.float32(scale) + np.float32(offset)
-            frames[np.arange(longest) < longest - here] = 0
-            x[j:j + CHUNK] = frames
-        fields[m] = x
-    names = np.array([[f"{split}{i}", "0", "1"] for i in range(n)])
-    return {**fields, "id": names.astype("S") if dataset == "mosi" else names}
+    for m in STREAMS:
+        cues = _STRENGTH[m] * signal + rng.standard_normal(signal.shape)
+        shared_seed = [seed, zlib.crc32(f"{dataset}/{m}".encode())]
+        fields[m] = random_frames(m, shared_seed, cues, length, longest, rng)
+    ids = np.array([[f"{split}{i}", "0", "1"] for i in range(n)])
+    return {**fields, "id": ids.astype("S") if dataset == "mosi" else ids}
 
 
 # ---------------------------------------------------------------------------------- command line
 
 def check(path: Path) -> None:
-    """Print what one file is; raises DataError on what is wrong with it."""
-    loaded = load(None, path, SPLITS, normalize=False)
-    source, emotions = loaded["source"], loaded["dataset"] == "iemocap"
-    print(f"{path}\n  layout {source['layout']}, labels: {'emotions' if emotions else 'sentiment'}"
-          + (f", {SYNTHETIC}" if source["synthetic"] else "") + f"\n  SHA-256 {source['sha256']}: "
-          f"{KNOWN.get(source['sha256'], 'not one of the files whose hash the README lists')}")
+    """Print what one file is; DataError on what is wrong with it."""
+    loaded = load(None, path, None, normalize=False)
+    source = loaded["source"]
+    say(f"{path}{', ' + SYNTHETIC if source['synthetic'] else ''}")
+    say(f"  layout {source['layout']}, labels as of {loaded['dataset']}")
+    say(f"  SHA-256 {source['sha256']}, to be compared with the README's")
     for s in SPLITS:
-        split, y = loaded[s], loaded[s]["label"]
-        print(f"  {s}: {len(y)} clips")
+        if s not in loaded:
+            continue
+        split = loaded[s]
+        say(f"  {s}: {len(split['text'])} clips")
         for m in streams(split):
             n = split["real"][m].sum(1).float()
-            print(f"    {m:6s} {tuple(split[m].shape)} {split['held'][m]}; real frames: mean {n.mean():.1f}, median "
-                  f"{n.median():.0f}, most {n.max():.0f}, clips without any: {int((n == 0).sum())}")
-        print("    labels " + (
-            ", ".join(f"{e} {100 * share:.1f} %" for e, share in zip(EMOTIONS, y.mean(0))) if emotions else
-            f"{y.min():.1f} to {y.max():.1f}, mean {y.mean():.2f}, std {y.std():.2f}, "
-            f"{100 * (y > 0).float().mean():.1f} % positive, {100 * (y == 0).float().mean():.1f} % zero"))
-    compared, said = comparison({**loaded, "limit": None}, source, GLOVE)
-    print(f"  CorrKD, UMDF: {said or 'the features and splits of the papers'}")
-    print("  Double-Flow: trains on this file; its paper's features are folders, so nothing is compared with it; "
-          f"simulated text {'comes from the file' if SIMULATED in loaded['dims'] else 'is learned from the audio'}")
+            empty = int((~split[m].flatten(1).any(1)).sum())
+            say(f"    {m:6s} {tuple(split[m].shape)} {split['details'][m]}; real frames: mean {n.mean():.1f}, "
+                f"most {n.max():.0f}; clips of zeros alone: {empty}")
+        if split["label"] is not None:
+            y = split["label"].reshape(len(split["label"]), -1)     # a sentiment, or four emotions
+            means = ", ".join(f"{mean:.3f}" for mean in y.mean(0))
+            say(f"    labels: {y.min():.1f} to {y.max():.1f}, mean {means}; zero: {int((y == 0).all(1).sum())}")
+    _, text = comparison({**loaded, "limit": None}, source, GLOVE)
+    say(f"  CorrKD, UMDF: {text or 'the features and splits of the papers'}")
     for note in source["notes"]:
-        print(f"  note: {note}")
+        say(f"  note: {note}")
+
+
+def check_all(path: Path) -> int:
+    """Check a file, or all pickles under a folder; 1 if there is something wrong with any of them."""
+    paths, code = [path], 0
+    if path.is_dir():
+        paths = sorted(p for p in path.rglob("*.pkl") if not p.name.startswith("._") and not p.is_dir())
+    if not paths:
+        raise DataError(f"No .pkl file in {path}.")
+    for each in paths:
+        try:
+            check(each)
+        except DataError as error:
+            say(f"error: {error}", "stderr")
+            code = 1
+    return code
+
+
+def synthesize(dataset: str, folder: Path) -> None:
+    """Write the stand-in as a pickle in MulT's layout; never over a file."""
+    path = folder / FILES[dataset][0]
+    if path.exists():
+        raise DataError(f"{path} exists already, and is left as it is. Name another folder, or remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {**{s: stand_in(dataset, s) for s in SPLITS}, "SYNTHETIC": SYNTHETIC}
+    with replacing(path) as file:
+        pickle.dump(content, file, protocol=4)
+    say(f"wrote {path}: {SYNTHETIC}, not {dataset}")
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Check a data file, or write a synthetic one.")
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("check", help="print what a file is, or what is wrong with it; exit 0 or 1")
+    one = commands.add_parser("check", help="print what a file is, or what is wrong with it (exit 1)")
     one.add_argument("path", type=Path, help="a pickle, or a folder whose pickles are all checked")
-    two = commands.add_parser("synthesize", help="write a SYNTHETIC stand-in in the layout of MulT's pickles")
+    two = commands.add_parser("synthesize", help="write a SYNTHETIC stand-in in MulT's layout")
     two.add_argument("dataset", choices=SIZES)
     two.add_argument("--out", type=Path, required=True, help="folder for the file")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "check":
-            paths = sorted(args.path.rglob("*.pkl")) if args.path.is_dir() else [args.path]
-            if not paths:
-                raise DataError(f"No .pkl file in {args.path}.")
-            for path in paths:
-                check(path)
-        else:
-            path = args.out / FILES[args.dataset][0]
-            if path.exists():
-                raise DataError(f"{path} exists already; it is left as it is. Name another folder, or remove it.")
-            args.out.mkdir(parents=True, exist_ok=True)
-            content = {**{s: stand_in(args.dataset, s) for s in SPLITS}, "SYNTHETIC": SYNTHETIC}
-            with replacing(path) as file:
-                pickle.dump(content, file, protocol=4)
-            print(f"wrote {path}: {SYNTHETIC}, not {args.dataset}")
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if args.command == "check" else 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    return 0
+
+    def work():
+        return check_all(args.path) if args.command == "check" else synthesize(args.dataset, args.out)
+    return run_program(work, "stopped")
 
 
 if __name__ == "__main__":

@@ -1,535 +1,447 @@
 """Train a method and leave run folders that eval.py reads.
 
     python train.py --method corrkd --dataset mosei                     real data from data/, five seeds
-    python train.py --method corrkd --dataset mosei --synthetic         made-up data, nothing to download
+    python train.py --method corrkd --dataset mosi --synthetic          made-up data, nothing to download
+    python train.py --method corrkd --dataset mosi --synthetic --limit 64 --epochs 1 --seeds 1 --out look
 
-A run is runs/<dataset>[-synthetic]/<method>[-<ablation>]/s<seed>/ with config.json, log.jsonl (one line an epoch),
-model.pt (the mean of the weights after each of five epochs in a row, those best on validation) and last.pt. An
-interrupted run goes on by the same command, to the same numbers.
+Each stage of a method ends with the epoch that is best on validation. An interrupted run goes on by the same
+command, to the same numbers. A run is a folder, <out>/<dataset>[-synthetic]/<method>[-<ablation>]/s<seed>/, with
+
+    config.json   what the run is, and the command, code and machine that began it
+    log.jsonl     one line an epoch: its loss terms, its numbers on validation, the best epoch so far
+    last.pt       all that the next epoch depends on
+    model.pt      the result, a dict of tensors and plain values that torch.load(path, weights_only=True) reads:
+                    run     what the run is: method, data set, task, ablation, seed, config, widths of the streams, ...
+                    load    the arguments of data.load that find its data again
+                    stats   stream -> (mean, deviation) that standardise its features; None: they are used as they are
+                    linear  weight and bias of the linear baseline, or None
+                    epoch   the epoch of the last stage whose weights these are
+                    model   the weights
+
+Runs are independent of each other, so the shell runs several side by side, and a cluster many:
+
+    printf '%s\\n' 1111 1112 1113 1114 1115 | OMP_NUM_THREADS=1 xargs -P 5 -n 1 \\
+        python train.py --method corrkd --dataset mosei --seeds
+
+    #SBATCH --array=1111-1115
+    python train.py --method corrkd --dataset mosei --seeds $SLURM_ARRAY_TASK_ID
 """
 import argparse
 import io
 import json
-import multiprocessing
 import os
 import platform
-import signal
+import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import replace
+import zlib
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import data         # first: it tells a stop while torch is imported
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import eval as evaluation
-from data import DataError
-from eval import METHODS
+import data
+from data import DataError, say
+from eval import (FORMAT, METHODS, constant, device_named, evaluate, fit_linear, read_checkpoint, score,
+                  targets)
 
-AVERAGED = 5    # epochs in a row whose weights are averaged: our choice, see the README
-KEPT = {}       # what a process of --jobs keeps from run to run: its device, and the data
-
-try:
-    import fcntl
-except ImportError:     # Windows has no such locks: two processes in one folder are not noticed there
-    fcntl = None
+LAST = ("run", "stage", "epoch", "finished", "best", "model", "optimizer", "history")     # what last.pt holds
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python train.py --method M --dataset D [options]; -h explains them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python train.py --method M --dataset D [options]; -h explains them")
     add = parser.add_argument
     add("--method", choices=METHODS, required=True)
     add("--dataset", choices=data.SIZES, required=True)
-    add("--data-dir", default="data", help="a data file or a folder that holds one (default: data)")
-    add("--synthetic", nargs="?", const=True, default=False, choices=("overlapping",), help="use a made-up stand-in of "
-        "the data set's size; results say SYNTHETIC; overlapping: what one stream holds, the two others hold too")
-    add("--seeds", type=int, nargs="+", default=[1111, 1112, 1113, 1114, 1115], help="a run each (1111 ... 1115)")
-    add("--epochs", type=int, help="for each stage (default: the method file's)")
-    add("--batch-size", type=int, help="default: the method file's")
-    add("--lr", type=float, help="learning rate of Adam (default: the method file's)")
-    add("--ablate", nargs="+", default=[""], metavar="NAME", help="a run for each NAME instead of the full method; "
-        "all: the full method and each NAME; "
+    add("--data-dir", metavar="PATH", help="a data file, or a folder that holds one (default: data)")
+    add("--synthetic", action="store_true",
+        help="use a made-up stand-in of the data set's size; results say SYNTHETIC")
+    add("--seeds", type=int, nargs="+", metavar="N", help="a run for each (default: 1111 1112 1113 1114 1115)")
+    add("--epochs", type=int, metavar="N", help="of each stage (default: the method file's)")
+    add("--batch-size", type=int, metavar="N", help="default: the method file's")
+    add("--lr", type=float, metavar="X", help="learning rate of Adam (default: the method file's)")
+    add("--ablate", nargs="+", metavar="NAME",
+        help="a run for each NAME instead of the full method; all: the full method and each NAME. "
         + "; ".join(f"{name}: {', '.join(module.ABLATIONS)}" for name, module in METHODS.items()))
-    add("--normalize", action=argparse.BooleanOptionalAction,
-        help="standardise the features by the training split (default: on; --features are used as they are)")
-    add("--features", nargs="+", type=data.folder, metavar="NAME=DIR",
+    add("--no-normalize", action="store_true",
+        help="use the features as they are, not standardised by the training split")
+    add("--features", type=feature_folder, nargs="+", metavar="NAME=DIR",
         help="feature folders instead of a pickle: text=DIR audio=DIR vision=DIR simulated_text=DIR, "
-        "each with a <clip>.npy or a folder <clip> of .npy for each clip")
-    add("--labels", type=Path, metavar="FILE", help="the label file of --features, Double-Flow's label_official.npz")
-    add("--max-frames", type=int, default=data.MAX_FRAMES, metavar="N",
-        help=f"of --features leave out training clips of more than N frames (default {data.MAX_FRAMES})")
-    add("--official", type=Path, metavar="FILE", help="train nothing: a run folder of the published checkpoint of "
-        "Double-Flow's official code, MIA off as in its main file, for eval.py to evaluate on --features")
+        "each with a <clip>.npy or a folder <clip> of .npy for each clip; they are used as they are")
+    add("--labels", metavar="FILE", help="the label file of --features, Double-Flow's label_official.npz")
+    add("--max-frames", type=int, metavar="N",
+        help=f"of --features leave out training clips of more than N frames (default: {data.MAX_FRAMES})")
+    add("--official", type=Path, metavar="FILE",
+        help="train nothing: make a run folder of the published checkpoint of Double-Flow's official code, "
+        "MIA off as in its main file, for eval.py to evaluate on --features")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--out", type=Path, default=Path("runs"), help="folder for the run folders (default: runs)")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where a run stopped")
-    add("--dry-run", action="store_true", help="load, build, run one batch of each stage, write nothing")
+    add("--no-resume", action="store_true", help="start over instead of going on where a run stopped")
     add("--limit", type=int, metavar="N", help="only the first N clips of each split, for a quick look")
-    add("--jobs", type=int, default=1, metavar="N", help="runs side by side, in N processes that share the threads and "
-        "hold the data once each (default 1)")
-    add("--deterministic", action="store_true", help="let CUDA repeat every number bit for bit, as a CPU does anyway; "
-        "slower")
+    add("--deterministic", action="store_true",
+        help="let CUDA repeat every number bit for bit, as a CPU does anyway; slower")
     args = parser.parse_args(argv)
-    if args.features and (args.normalize or args.synthetic):
-        parser.error("--features are used as they are: leave --normalize and --synthetic out")
-    if bool(args.features) != bool(args.labels):
-        parser.error("--features and --labels belong together")
-    if args.official and not (args.features and args.method == "double_flow"):
-        parser.error("--official is for --method double_flow with --features and --labels")
-    args.features = args.features and dict(args.features)
-    args.normalize = not args.features if args.normalize is None else args.normalize
-    for name in ("epochs", "batch_size", "lr", "limit", "jobs", "max_frames"):
-        value = vars(args)[name]
-        if value is not None and not 0 < value < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
-    known = METHODS[args.method].ABLATIONS
-    if "all" in args.ablate:
-        args.ablate = ["", *known]
-    for name in filter(None, args.ablate):
-        if name not in known:
-            parser.error(f"--ablate {name}: {args.method} has {', '.join(known)}, and all")
+    check_arguments(args, parser.error)
     return args
 
 
-def describe(args, ablation: str, seed: int, loaded: dict) -> dict:
-    """The record of one run: the method's config for this data set, with what the command line, the ablation and the
-    data's form change."""
+def feature_folder(text: str) -> tuple[str, str]:
+    """NAME=DIR of --features."""
+    name, _, folder = text.partition("=")
+    names = (*data.STREAMS, data.SIMULATED)
+    if name not in names or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR with NAME one of {', '.join(names)}")
+    return name, folder
+
+
+def check_arguments(args, refuse) -> None:
+    """Refuse flags that exclude each other and values that make no sense, then fill in the defaults."""
+    exclusive = {"synthetic": ("data_dir",), "features": ("data_dir", "synthetic", "no_normalize"),
+                 "official": ("ablate", "seeds", "epochs", "batch_size", "lr", "no_resume", "limit")}
+    for flag, others in exclusive.items():
+        for other in others:
+            if vars(args)[flag] and vars(args)[other] not in (None, False):
+                refuse(f"--{flag} and --{other.replace('_', '-')} exclude each other")
+    if bool(args.features) != bool(args.labels):
+        refuse("--features and --labels belong together")
+    if args.max_frames is not None and not args.features:
+        refuse("--max-frames belongs to --features")
+    if args.official and not (args.features and args.method == "double_flow"):
+        refuse("--official is for --method double_flow with --features and --labels")
+    for name in ("epochs", "batch_size", "lr", "limit", "max_frames"):
+        value = vars(args)[name]
+        if value is not None and not 0 < value < float("inf"):
+            refuse(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
+    names = METHODS[args.method].ABLATIONS
+    for name in args.ablate or ():
+        if name not in ("", "all", *names):
+            refuse(f"--ablate {name}: {args.method} has {', '.join(names)}, and all")
+    if args.ablate and "all" in args.ablate:
+        args.ablate = ["", *names]
+    if args.features:
+        streams = [name for name, _ in args.features]
+        if len(set(streams)) < len(streams):
+            refuse(f"--features names a stream twice: {', '.join(streams)}")
+        args.features = dict(args.features)
+    args.ablate = list(dict.fromkeys(args.ablate or [""]))
+    args.seeds = list(dict.fromkeys(args.seeds or [1111, 1112, 1113, 1114, 1115]))
+    args.normalize = not (args.no_normalize or args.features)
+    args.data_dir = args.data_dir or "data"
+    args.max_frames = args.max_frames or data.MAX_FRAMES
+
+
+# ---------------------------------------------------------------------------------- what a run is
+
+def describe(args, ablation: str, seed, loaded: dict) -> dict:
+    """The record of one run. Two runs whose records are equal are the same run."""
     module = METHODS[args.method]
-    changes = {k: v for k in ("epochs", "batch_size", "lr") if (v := vars(args)[k]) is not None}
-    config = replace(module.PAPER[args.dataset], **changes, aligned=loaded["aligned"],
-                     **({"mia": "off"} if args.official else module.ABLATIONS.get(ablation, {})))
-    return evaluation.run_record(args.method, args.dataset, ablation, seed, config, loaded, args.normalize, args.limit)
-
-
-def run_name(method: str, ablation: str, seed) -> str:
-    return f"{method}{'-' if ablation else ''}{ablation}/s{seed}"
+    task = module.TASKS[args.dataset]
+    changes = {"mia": "off"} if args.official else dict(module.ABLATIONS.get(ablation, {}))
+    for name in ("epochs", "batch_size", "lr"):
+        if vars(args)[name] is not None:
+            changes[name] = vars(args)[name]
+    config = replace(module.PAPER[args.dataset], aligned=loaded["aligned"], **changes)
+    source = loaded["source"]
+    return {
+        "format": FORMAT, "method": args.method, "dataset": args.dataset, "task": task, "ablation": ablation,
+        "seed": seed, "limit": args.limit, "normalize": args.normalize,
+        "dims": loaded["dims"], "lacking": loaded["lacking"], "config": asdict(config),
+        "constant": constant(targets(loaded["train"]["label"], task)[1], task),
+        "data": {name: source[name] for name in ("sha256", "synthetic", "sizes", "layout", "max_frames")},
+    }
 
 
 def run_folder(args, run: dict) -> Path:
-    under = run["dataset"] + ("-synthetic" if run["data"]["synthetic"] else "")
-    return args.out / under / run_name(run["method"], run["ablation"], run["seed"])
+    dataset = run["dataset"] + ("-synthetic" if run["data"]["synthetic"] else "")
+    method = run["method"] + (f"-{run['ablation']}" if run["ablation"] else "")
+    return args.out / dataset / method / f"s{run['seed']}"
+
+
+def commit() -> str:
+    """The commit of this code, marked where files differ from it; "unknown" where git does not track this file."""
+    try:
+        for command in (["ls-files", "--error-unmatch", "train.py"],
+                        ["describe", "--always", "--dirty", "--exclude=*"]):
+            answer = subprocess.run(["git", *command], cwd=Path(__file__).resolve().parent, capture_output=True,
+                                    text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return answer.stdout.strip()
 
 
 def machine(device: torch.device) -> dict:
-    """On what a run was made, and by which code: its commit, marked where files differ from it."""
-    here = Path(__file__).resolve().parent
-    try:
-        said = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=here, capture_output=True,
-                              text=True).stdout.strip()
-    except OSError:
-        said = ""
-    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
-            else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
-    return {"command": f"python {' '.join(sys.argv)}", "commit": said or "unknown", "device": name,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+    """On what a run is made, and by which code."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"command": f"python {shlex.join(sys.argv)}", "commit": commit(), "device": name, "versions": versions}
 
 
-# ---------------------------------------------------------------------------------- the state of a run
+def introduce(run: dict, loaded: dict, device: torch.device) -> None:
+    """Print what is about to run, so that a log answers every later question."""
+    module, source, computer = METHODS[run["method"]], loaded["source"], machine(device)
+    config = module.Config(**run["config"])
+    model = module.Model(run["dims"], run["task"], config)
+    parameters = sum(p.numel() for p in model.parameters())
+    widths = " ".join(f"{m} {width}" for m, width in run["dims"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in computer["versions"].items())
+    say(f"command: {computer['command']}")
+    say(f"code: commit {computer['commit']}; {versions}")
+    say(f"device: {computer['device']}")
+    say(f"data: {source['file']}; {len(loaded['train']['label'])} training and "
+        f"{len(loaded['valid']['label'])} validation clips, widths {widths}")
+    if source["sha256"]:
+        folders = source["layout"] == "feature folders"
+        say(f"      {'fingerprint of names, sizes and times' if folders else 'SHA-256'} {source['sha256']}")
+    for note in (*source["notes"], data.comparison(run, source, module.FEATURES)[1]):
+        if note:
+            say(f"note: {note}")
+    say(f"model: {run['method']}, {parameters:,} parameters; {config}")
 
-@contextmanager
-def locked(folder: Path):
-    """Create the folder, and keep other processes out of it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY) if fcntl else None
-    except OSError as error:
-        raise DataError(f"--out: {folder} cannot be made: {error.strerror}.") from None
-    try:
-        if fcntl:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"{folder} is in use by another process. Wait for it, or name another --out.") from None
-            except OSError:         # a file system without locks
-                pass
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)
 
+# ---------------------------------------------------------------------------------- files of a run
 
 def save(path: Path, content: dict) -> None:
-    buffer = io.BytesIO()
+    """torch.save, whole or not at all."""
+    buffer = io.BytesIO()       # torch tells a full disk as a RuntimeError; a file of our own raises an OSError
     torch.save(content, buffer)
     with data.replacing(path) as file:
         file.write(buffer.getvalue())
 
 
-def save_epoch(folder: Path, state: dict, answer: dict | None) -> None:
-    """last.pt, all that the next epoch depends on, which alone decides where a run goes on. model.pt, which the last
-    stage writes, goes before it and the log after it, which is always the history of last.pt."""
-    if answer:
-        save(folder / "model.pt", answer)
+def save_json(path: Path, lines: list, indent=None) -> None:
+    with data.replacing(path) as file:
+        for line in lines:
+            file.write(json.dumps(line, indent=indent).encode() + b"\n")
+
+
+def begin_folder(folder: Path, run: dict, load: dict, device) -> None:
+    """Before the first epoch of a run is saved, and not earlier: a run that is started over and stopped at once has
+    lost nothing. What an earlier run left here goes, and what a killed process left half-written."""
+    for name in ("last.pt", "model.pt", "log.jsonl", "results.json", "predictions.csv"):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.glob("*.tmp"):
+        path.unlink()
+    save_json(folder / "config.json", [{"run": run, "load": load, **machine(device)}], indent=1)
+
+
+def save_state(folder: Path, state: dict) -> None:
+    """last.pt, which alone decides where a run goes on, and log.jsonl, which repeats its history."""
     save(folder / "last.pt", state)
-    write_log(folder, state)
+    save_json(folder / "log.jsonl", state["history"])
 
 
-def write_log(folder: Path, state: dict) -> None:
-    with data.replacing(folder / "log.jsonl") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in state["history"]).encode())
+def save_model(folder: Path, state: dict, loaded: dict, load: dict, linear: dict | None) -> None:
+    """model.pt: the weights of the best epoch so far in the last stage."""
+    best = state["best"]
+    save(folder / "model.pt", {"run": state["run"], "load": load, "stats": loaded["stats"], "linear": linear,
+                               "epoch": best["epoch"], "model": best["weights"]})
 
 
-def restore(folder: Path, run: dict, resume: bool, device: torch.device) -> dict | None:
-    """last.pt of a folder that holds this very run, None where there is nothing to go on from."""
-    if not resume:
-        for name in ("config.json", "last.pt", "model.pt", "log.jsonl", "results.json"):
-            (folder / name).unlink(missing_ok=True)
-    for name in ("config.json", "last.pt", "model.pt", "log.jsonl"):     # what a killed process left half-written
-        for left in folder.glob(f"{name}.*.tmp"):
-            left.unlink()
-    path = folder / "config.json"
+def restore(folder: Path, run: dict) -> dict | None:
+    """What last.pt holds, or None where nothing is to go on from. Another run's folder is refused."""
+    path = folder / "last.pt"
     if not path.exists():
-        with data.replacing(path) as file:
-            file.write(json.dumps({"run": run, **machine(device)}, indent=1).encode())
-    for path in (path, folder / "last.pt"):
-        if not path.exists():
-            return None
-        with data.told(path, "It is damaged, or of another version of train.py: start over with --no-resume."):
-            found = json.loads(path.read_text()) if path.suffix == ".json" else evaluation.read_checkpoint(
-                path, ("model", "finished", "stage", "epoch", "best", "recent", "history", "optimizer", "random"))
-            differ = evaluation.differences(run, found["run"])
-        if differ:
-            raise DataError(f"{folder} holds a run of another configuration (differs in {', '.join(differ)}). "
-                            "Name another folder with --out, or start over with --no-resume.")
-    write_log(folder, found)    # which a process that was killed may have had no time to write
-    return found
-
-
-def random_state(generator: torch.Generator, device: torch.device, state: dict | None = None) -> dict:
-    """The state of every random generator in use; sets it first if one is given."""
-    if state:
-        torch.set_rng_state(state["torch"])
-        generator.set_state(state["masks"])
-        if device.type == "cuda" and "cuda" in state:       # not if the run was begun on a CPU
-            torch.cuda.set_rng_state(state["cuda"], device)
-    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    return {"torch": torch.get_rng_state(), "masks": generator.get_state(), **cuda}
+        return None
+    state = read_checkpoint(path, LAST)
+    if state["run"] != run:
+        differ = [name for name in run if run[name] != state["run"].get(name)]
+        if "config" in differ:
+            differ += [name for name in run["config"] if run["config"][name] != state["run"]["config"].get(name)]
+            differ.remove("config")
+        raise DataError(f"{folder} holds a run of another configuration (it differs in {', '.join(differ)}). "
+                        "Name another folder with --out, or start over with --no-resume.")
+    return state
 
 
 # ---------------------------------------------------------------------------------- training
 
-class Clips:
-    """The training clips that count, and what a step needs of them."""
+def seed_epoch(seed: int, stage: int, epoch: int) -> torch.Generator:
+    """Seed dropout, and return the generator of batches and masks. They depend on these three numbers alone, so
+    a run that was stopped goes on with the same ones. The stage is counted from the end: the last stage of every
+    ablation sees the same batches and masks."""
+    number = zlib.crc32(f"{seed}/{stage}/{epoch}".encode())
+    torch.manual_seed(number)
+    return torch.Generator().manual_seed(number)
 
-    def __init__(self, run: dict, loaded: dict, device: torch.device):
-        self.split, self.device = loaded["train"], device
-        self.there, self.truth = evaluation.targets(self.split["label"], run["task"])
-        self.index, self.generator, self.fixed = self.there.cpu(), torch.Generator(), None
-        self.real = {m: r[self.index] for m, r in self.split["real"].items()}
 
-    def batch(self, model, rows: torch.Tensor) -> tuple:
-        """What model.losses asks for, of the clips at these rows of self.index: two copies to the device, no wait."""
-        def draw(real):
-            return data.training_masks(real, self.generator)
-        there, = data.sent([rows], self.device)
-        streams, real, present = data.batch(self.split, self.index[rows], self.there[there],
-                                            draw if model.sees_missing else None)
-        missing = {m: streams[m] * present[m][..., None] for m in present} or None
-        return streams, missing, self.truth[there], real, self.fixed and tuple(t[there] for t in self.fixed)
-
-    @torch.no_grad()
-    def teacher_outputs(self, model) -> tuple | None:
-        """The frozen teacher's answers on every complete training clip, once; None if this stage needs none."""
-        if not model.has_teacher:
+@torch.no_grad()
+def teacher_rows(model, split: dict, index: torch.Tensor) -> list[torch.Tensor] | None:
+    """The frozen teacher's outputs on each complete clip of `index`, or None where the stage has no teacher.
+    They do not change during a stage, so they are computed once."""
+    model.eval()
+    parts = []
+    for clips in index.split(256):
+        complete, _, real = data.batch(split, clips)
+        outputs = model.teacher_outputs(complete, real)
+        if outputs is None:
             return None
-        model.eval()
-        parts = [model.teacher_outputs(*data.batch(self.split, index, there)[:2])
-                 for index, there in zip(self.index.split(256), self.there.split(256))]
-        return tuple(torch.cat(p) for p in zip(*parts))
+        parts.append(outputs)
+    return [torch.cat(column) for column in zip(*parts)]
 
 
-def train_epoch(model, optimizer, clips: Clips, config, name: str) -> dict:
-    """One pass over the training clips; returns the mean of each loss term. The device is waited for at its end."""
+def train_epoch(model, optimizer, split: dict, index, truth, teacher, config, generator, name: str) -> dict:
+    """One pass over the clips of `index` (n,), whose targets are truth (n, ...) and whose teacher's outputs are the
+    rows of `teacher`. Returns the mean of each loss term."""
     model.train()
-    order = data.batches(clips.real, torch.arange(len(clips.index)), config.batch_size, clips.generator)
-    parameters, values = [p for p in model.parameters() if p.requires_grad], []
-    for batch in data.ahead(clips.split, (clips.batch(model, rows) for rows in order)):
-        terms = model.losses(*batch)
-        values.append(torch.stack([t.detach() for t in terms.values()]))
-        optimizer.zero_grad(set_to_none=True)
+    parameters = optimizer.param_groups[0]["params"]
+    real = {m: split["real"][m][index] for m in data.STREAMS}
+    order = data.batches(real, torch.arange(len(index)), config.batch_size, generator)
+    history = []
+    for rows in tqdm(order, desc=name, unit="step", leave=False, disable=None):
+        complete, missing, real = data.batch(split, index[rows], generator)
+        rows = rows.to(truth.device)
+        stored = None if teacher is None else [output[rows] for output in teacher]
+        terms = model.losses(complete, missing, truth[rows], real, stored)
+        optimizer.zero_grad()
         terms["total"].backward()
         if config.clip:
             torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
-    values = torch.stack(values).double().cpu()         # (steps, terms)
+        history.append(torch.stack([term.detach() for term in terms.values()]))
+    values = torch.stack(history).double().cpu()        # (steps, terms); the device is waited for only here
     for step, term in (~values.isfinite()).nonzero()[:1].tolist():
         raise DataError(f"{name}, step {step + 1}: the loss term '{list(terms)[term]}' is not finite. "
                         "Try a lower --lr, and look at the features with python data.py check.")
-    share = torch.tensor([len(rows) for rows in order], dtype=torch.float64) / len(clips.index)
+    share = torch.tensor([len(rows) for rows in order], dtype=torch.float64) / len(index)
     return dict(zip(terms, (share @ values).tolist()))
 
 
-def train(run: dict, folder: Path, loaded: dict, device: torch.device, state: dict | None, tell) -> None:
-    """All stages of one run, from `state` (last.pt) on if there is one. After each epoch the mean of the weights of the
-    last few is measured on validation; a stage ends with the best of these means. tell(line, epochs): see progress."""
-    module, fresh = METHODS[run["method"]], state is None
-    config, clips = module.Config(**run["config"]), Clips(run, loaded, device)
-    linear = evaluation.fit_linear(loaded, run["task"])
+def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None, device, state: dict | None) -> None:
+    """All stages of one run, from `state` on, which is what last.pt holds, or from the beginning (None)."""
+    module = METHODS[run["method"]]
+    config = module.Config(**run["config"])
+    index, truth = targets(loaded["train"]["label"].cpu(), run["task"])
+    truth = truth.to(device)
     torch.manual_seed(run["seed"])
-    if fresh:
-        model = module.Model(run["dims"], run["task"], config).to(device)
-        state = {"run": run, "stage": 0, "epoch": 0, "best": None, "recent": [], "history": []}
-    else:
-        model = evaluation.build(state, folder / "last.pt", device)
-        tell(f"continuing after {list(model.stages)[state['stage']]} epoch {state['epoch']}", len(state["history"]))
+    model = module.Model(run["dims"], run["task"], config).to(device)
     stages = list(model.stages)
+    if state is None:
+        state = {"run": run, "stage": 0, "epoch": 0, "best": None, "history": []}
+    else:
+        model.load_state_dict(state["model"])
+        say(f"continuing after {stages[state['stage']]} epoch {state['epoch']}")
+
     for number in range(state["stage"], len(stages)):
         stage, last = stages[number], number == len(stages) - 1
-        sets = data.answerable(data.SETS if last else model.stages[stage], run["lacking"])
         model.begin(stage)
-        learning = {k: p for k, p in model.named_parameters() if p.requires_grad}
-        if fresh:
-            # Counted from the end: the last stage of every ablation sees the same masks and batches.
-            torch.manual_seed(run["seed"] + len(stages) - 1 - number)
-            clips.generator.manual_seed(run["seed"] + len(stages) - 1 - number)
-        clips.fixed = clips.teacher_outputs(model)
-        optimizer = torch.optim.Adam(learning.values(), lr=config.lr, weight_decay=config.weight_decay)
-        if not fresh:
-            model.load_state_dict(state["recent"][-1], strict=False)
+        learning = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(learning, lr=config.lr, weight_decay=config.weight_decay)
+        if state["epoch"]:
             optimizer.load_state_dict(state["optimizer"])
-            random_state(clips.generator, device, state["random"])
-        fresh = True            # from the next stage on
+        teacher = teacher_rows(model, loaded["train"], index)
+        sets = data.answerable(model.stages[stage], run["lacking"])     # what the stage is about, and chooses by
+
         for epoch in range(state["epoch"], config.epochs):
             began, name = time.perf_counter(), f"{stage} {epoch + 1}/{config.epochs}"
+            generator = seed_epoch(run["seed"], len(stages) - number, epoch)
             optimizer.param_groups[0]["lr"] = config.lr * module.learning_rate_factor(epoch)
-            losses = train_epoch(model, optimizer, clips, config, name)
-            recent = [*state["recent"], {k: p.detach().to("cpu", copy=True) for k, p in learning.items()}]
-            recent = recent[-AVERAGED:]
-            model.load_state_dict(averaged(recent), strict=False)
-            found = evaluation.evaluate(model, run["task"], loaded["valid"], sets, "valid")
-            own = {c: v for c, v in found.items() if c in model.stages[stage]}      # the sets that this stage is about
-            score = evaluation.score(own)
-            if epoch < AVERAGED or score > state["best"]["score"]:      # a mean of fewer epochs gives way to the next
-                state.update(best={"score": score, "epoch": epoch + 1},
-                             model={k: v.clone() for k, v in model.state_dict().items()})
-            state["history"].append({"stage": stage, "epoch": epoch + 1, "best": state["best"]["epoch"],
-                                     "losses": losses, "valid": found})
-            finished = last and epoch + 1 == config.epochs      # then nothing goes on from here
-            state.update(stage=number, epoch=epoch + 1, finished=finished, recent=[] if finished else recent,
-                         optimizer={} if finished else optimizer.state_dict(),
-                         random=random_state(clips.generator, device))
-            answer = {"run": run, "stats": loaded["stats"], "linear": linear, "epoch": state["best"]["epoch"],
-                      "model": state["model"]}
-            save_epoch(folder, state, answer if last else None)
-            tell(f"{name}  {terms_text(losses)}  {valid_text(own, score)}  "
-                 f"{time.perf_counter() - began:.1f} s", 1)
-            model.load_state_dict(recent[-1], strict=False)
-        if not last:
-            model.load_state_dict(state["model"])
-            state.update(epoch=0, recent=[])
+            losses = train_epoch(model, optimizer, loaded["train"], index, truth, teacher, config, generator, name)
+            valid = validate(model, run["task"], loaded["valid"], sets, name)
+
+            better = epoch == 0 or score(valid) > state["best"]["score"]
+            if better:      # a copy: the weights themselves go on changing
+                weights = {key: value.clone() for key, value in model.state_dict().items()}
+                state["best"] = {"score": score(valid), "epoch": epoch + 1, "weights": weights}
+            line = {"stage": stage, "epoch": epoch + 1, "best": state["best"]["epoch"], "losses": losses,
+                    "valid": valid}
+            state = {"run": run, "stage": number, "epoch": epoch + 1, "finished": last and epoch + 1 == config.epochs,
+                     "best": state["best"], "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                     "history": [*state["history"], line]}
+            if len(state["history"]) == 1:
+                begin_folder(folder, run, load, device)
+            if last and better:
+                save_model(folder, state, loaded, load, linear)
+            save_state(folder, state)
+            say(f"{name}  {loss_text(losses)}  {valid_text(valid)}{', the best' if better else ''}  "
+                f"{time.perf_counter() - began:.1f} s")
+
+        model.load_state_dict(state["best"]["weights"])     # the next stage goes on from the best epoch
+        state["epoch"] = 0
 
 
-def dry(run: dict, loaded: dict, device: torch.device, tell) -> None:
-    """One batch of each stage, nothing written."""
-    module, clips = METHODS[run["method"]], Clips(run, loaded, device)
-    model = module.Model(run["dims"], run["task"], module.Config(**run["config"])).to(device).train()
-    for stage in model.stages:
-        model.begin(stage)
-        clips.generator.manual_seed(run["seed"])
-        terms = model.losses(*clips.batch(model, torch.arange(min(run["config"]["batch_size"], len(clips.index)))))
-        terms["total"].backward()
-        tell(f"{stage}, one batch: {terms_text({k: v.item() for k, v in terms.items()})}")
+def validate(model, task: str, split: dict, sets, name: str) -> dict:
+    """eval.evaluate on the validation split; answers that are not finite are told with the epoch's name."""
+    try:
+        return evaluate(model, task, split, sets, "valid")
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
 
 
-def adopt(run: dict, folder: Path, path: Path) -> None:
+def adopt(run: dict, folder: Path, load: dict, path: Path) -> None:
     """A run folder whose model.pt holds the weights of the official code's published checkpoint."""
     module = METHODS[run["method"]]
     model = module.Model(run["dims"], run["task"], module.Config(**run["config"]))
-    with data.told(f"--official {path}", "It is damaged, or not the published checkpoint."):
-        content = evaluation.read_tensors(path, "cpu")
-        try:
-            model.load_official(content)
-        except ValueError as error:
-            raise DataError(f"--official {path}: {error}.") from None
-    with locked(folder):
-        answer = {"run": run, "stats": None, "linear": None, "epoch": None, "model": model.state_dict()}
-        save(folder / "model.pt", answer)
-    print(f"{folder} holds the weights of {path}; evaluate it: python eval.py {folder}")
+    weights = read_checkpoint(path, ())
+    try:
+        model.load_official(weights)
+    except ValueError as error:
+        raise DataError(f"--official {path}: {error}.") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    save(folder / "model.pt", {"run": run, "load": load, "stats": None, "linear": None, "epoch": None,
+                               "model": model.state_dict()})
+    say(f"{folder} holds the weights of {path}; evaluate it: python eval.py {shlex.quote(str(folder))}")
 
 
-def averaged(states: list[dict]) -> dict:
-    return {k: torch.stack([s[k] for s in states]).mean(0) for k in states[0]}
+def loss_text(losses: dict) -> str:
+    return " ".join(f"{name} {value:.3f}" for name, value in losses.items())
 
 
-def terms_text(losses: dict) -> str:
-    return " ".join(f"{k} {v:.3f}" for k, v in losses.items() if k != "scd_active")
-
-
-def valid_text(found: dict, score: float) -> str:
-    of = "complete clips" if list(found) == ["lav"] else f"mean of {len(found)} sets"
-    return f"valid, {of}: " + (f"MAE {-score:.4f}" if "MAE" in found["lav"] else f"F1 {score:.2f}")
+def valid_text(valid: dict) -> str:
+    sets = "complete clips" if list(valid) == ["lav"] else f"mean of {len(valid)} sets"
+    number = f"MAE {-score(valid):.4f}" if "MAE" in valid["lav"] else f"F1 {score(valid):.2f}"
+    return f"valid, {sets}: {number}"
 
 
 # ---------------------------------------------------------------------------------- the program
 
-def load(args, device: torch.device) -> dict:
-    return data.load(args.dataset, args.data_dir, ("train", "valid"), device, args.normalize, synthetic=args.synthetic,
-                     limit=args.limit, features=args.features, labels=args.labels, max_frames=args.max_frames)
+def train_all(args) -> None:
+    """Train every run that is asked for."""
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # without it CUDA's matrix products refuse
+    torch.use_deterministic_algorithms(args.deterministic)
+    device = device_named(args.device)
+    load = {name: vars(args)[name] for name in ("data_dir", "synthetic", "features", "labels", "max_frames")}
+    loaded = data.load(args.dataset, splits=("train", "valid"), device=device, normalize=args.normalize,
+                       limit=args.limit, **load)
+    if args.official:
+        run = describe(args, "", "official", loaded)
+        introduce(run, loaded, device)
+        adopt(run, run_folder(args, run), load, args.official)
+        return
 
-
-def introduce(run: dict, loaded: dict, device: torch.device) -> None:
-    """What is about to run, so that a log answers every later question."""
-    source, here, module = loaded["source"], machine(device), METHODS[run["method"]]
-    sizes = "/".join(str(len(loaded[s]["label"])) for s in ("train", "valid"))
-    print(f"command: {here['command']}")
-    print(f"code: commit {here['commit']}; " + ", ".join(f"{k} {v}" for k, v in here["versions"].items()))
-    print(f"device: {here['device']}")
-    print(f"data: {source['file']}" + (f", SHA-256 {source['sha256']}" if source["sha256"] else "")
-          + f"; {sizes} training/validation clips, widths " + " ".join(f"{m} {w}" for m, w in loaded["dims"].items()))
-    compared = data.comparison(run, source, module.FEATURES)[1]
-    for note in filter(None, (*source["notes"], compared, evaluation.unlisted(run))):
-        print(f"note: {note}")
-    config = module.Config(**run["config"])
-    count = sum(p.numel() for p in module.Model(run["dims"], run["task"], config).parameters())
-    print(f"model: {run['method']}, {count:,} parameters; {config}", flush=True)
-
-
-def closing(args, done: dict[str, list[Path]]) -> None:
-    """The validation table of the runs just made, from their folders, and the command for the test table."""
-    for ablation, folders in done.items():
-        found = []
-        for folder in folders:
-            lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            found += [x["valid"] for x in lines if (x["stage"], x["epoch"]) == (lines[-1]["stage"], lines[-1]["best"])]
-        run, rows = json.loads((folder / "config.json").read_text())["run"], []
-        for metric in (metrics := evaluation.measured(found[0])):
-            each = [evaluation.cells("sets", f, metric) for f in found]
-            rows += evaluation.records("sets", metric, "ours", "ours", each)
-        name = " ".join(filter(None, (args.method, ablation, "on", args.dataset,
-                                      "SYNTHETIC" if run["data"]["synthetic"] else "",
-                                      evaluation.simulation(args.method, run["dims"]))))
-        print(f"\nvalidation, {name} ({evaluation.units(metrics)})")
-        print(evaluation.show(rows, "sets", metrics, evaluation.TITLES, "text"))
-    folders = [str(f.parent) for folders in done.values() for f in folders]
-    print(f"\nthe test table: python eval.py {os.path.commonpath(folders)}", flush=True)
-
-
-@contextmanager
-def progress(total: int, name: str = "", place: int = 0):
-    """tell(line, epochs=0): print a line, and move the terminal's bar of `total` epochs on. name: of one run of several
-    side by side, which has a bar of its own at this place, and its last line in it."""
-    hidden = not sys.stderr.isatty()
-    with tqdm(total=total, desc=name, position=place, unit="epoch", leave=False, disable=hidden) as bar:
-        def tell(line: str, epochs: int = 0) -> None:
-            if name and not hidden:
-                bar.set_postfix_str(line.strip())
-            else:
-                with tqdm.external_write_mode():
-                    print(f"{name}: {line.strip()}" if name else line, flush=True)
-            bar.update(epochs)
-        yield tell
-
-
-def epochs_of(run: dict) -> int:
-    """How many epochs a run has in all its stages."""
-    module = METHODS[run["method"]]
-    config = module.Config(**run["config"])
-    return len(module.Model(run["dims"], run["task"], config).stages) * config.epochs
-
-
-def one_run(args, run: dict, loaded: dict, device: torch.device, tell) -> Path:
-    """Train one run of the plan, from where it stopped; returns its folder."""
-    folder = run_folder(args, run)
-    tell(f"\n{folder}")
-    if args.dry_run:
-        dry(run, loaded, device, tell)
-        return folder
-    with locked(folder):
-        state = restore(folder, run, args.resume, device)
+    runs = [describe(args, ablation, seed, loaded) for ablation in args.ablate for seed in args.seeds]
+    introduce(runs[0], loaded, device)
+    linear = fit_linear(loaded, runs[0]["task"])
+    groups = []             # the folders above the seeds
+    for run in runs:
+        folder = run_folder(args, run)
+        folder.mkdir(parents=True, exist_ok=True)
+        say(f"\n{folder}")
+        state = None if args.no_resume else restore(folder, run)
         if state and state["finished"]:
-            tell("finished already", len(state["history"]))
+            say("finished already")
+            if not (folder / "model.pt").exists():      # it was deleted: last.pt holds the best weights too
+                save_model(folder, state, loaded, load, linear)
         else:
-            train(run, folder, loaded, device, state, tell)
-    return folder
-
-
-def work(args, ablation: str, seed: int, first: bool, threads: int) -> Path:
-    """One run in a process of side_by_side, which loads the data for its first one and keeps it."""
-    torch.set_num_threads(threads)
-    if not KEPT:
-        torch.use_deterministic_algorithms(args.deterministic)
-        device = evaluation.device_named(args.device)
-        KEPT.update(device=device, loaded=load(args, device))
-    run = describe(args, ablation, seed, KEPT["loaded"])
-    if first:
-        introduce(run, KEPT["loaded"], KEPT["device"])
-    place = int(multiprocessing.current_process().name.rpartition("-")[2]) - 1
-    with progress(epochs_of(run), run_name(args.method, ablation, seed), place) as tell:
-        return one_run(args, run, KEPT["loaded"], KEPT["device"], tell)
-
-
-def side_by_side(args, plan: list) -> dict:
-    """(ablation, seed) -> folder of the runs that did not fail. `jobs` processes share the threads, load the data once
-    each and take the next run when they have done one."""
-    context, folders, told = multiprocessing.get_context("spawn"), {}, set()
-    with ProcessPoolExecutor(args.jobs, context, tqdm.set_lock, (context.RLock(),)) as pool:
-        # A stop from the keyboard is for this process, which then ends the others.
-        stopping = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        coming = {}
-        for i, one in enumerate(plan):
-            beside = min(args.jobs, len(plan) - i // args.jobs * args.jobs)      # in the last round there may be fewer
-            threads = max(1, (os.cpu_count() or 1) // beside)
-            coming[pool.submit(work, args, *one, i == 0, threads)] = one
-        signal.signal(signal.SIGINT, stopping)
-        try:
-            for future in as_completed(coming):
-                try:
-                    folders[coming[future]] = future.result()
-                except (DataError, BrokenProcessPool) as error:
-                    reason = f": error: {error}" if str(error) not in told else " for the same reason"
-                    print(f"{run_name(args.method, *coming[future])} failed{reason}", file=sys.stderr, flush=True)
-                    told.add(str(error))
-        except KeyboardInterrupt:
-            for child in multiprocessing.active_children():
-                child.terminate()
-            raise
-    return folders
+            train(run, folder, loaded, load, linear, device, state)
+        if folder.parent not in groups:
+            groups.append(folder.parent)
+    say(f"\nthe test table: python eval.py {shlex.join(map(str, groups))}")
 
 
 def main(argv=None) -> int:
     args = parse(argv)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # without it CUDA's matrix products refuse
-    torch.use_deterministic_algorithms(args.deterministic)
-    seeds = args.seeds[:1] if args.dry_run else dict.fromkeys(args.seeds)
-    plan, done = [(ablation, seed) for ablation in dict.fromkeys(args.ablate) for seed in seeds], {}
-    try:
-        if args.jobs > 1 and len(plan) > 1 and not (args.dry_run or args.official):
-            folders = side_by_side(args, plan)
-        else:
-            device = evaluation.device_named(args.device)
-            loaded = load(args, device)
-            runs = [describe(args, *one, loaded) for one in ([("", "official")] if args.official else plan)]
-            introduce(runs[0], loaded, device)
-            if args.official:
-                adopt(runs[0], run_folder(args, runs[0]), args.official)
-                return 0
-            with progress(sum(map(epochs_of, runs))) as tell:
-                folders = {one: one_run(args, run, loaded, device, tell) for one, run in zip(plan, runs)}
-        for ablation, seed in plan:
-            if (ablation, seed) in folders:
-                done.setdefault(ablation, []).append(folders[ablation, seed])
-        if done and not args.dry_run:
-            closing(args, done)
-        return 2 if len(folders) < len(plan) else 0
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on after the last finished epoch", file=sys.stderr)
-        return 130
+    again = "without --no-resume the same command" if args.no_resume else "the same command"
+    return data.run_program(lambda: train_all(args), f"stopped; {again} goes on after the last finished epoch")
 
 
 if __name__ == "__main__":
-    code = main()
-    if code == 130:         # stopped from the keyboard: not to wait for torch's clean-up, which takes a second
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.exit(main())

@@ -57,7 +57,7 @@ FOLDERS = {"audio": 5, "text": 6, "vision": 4, "simulated_text": 6}
 
 
 def feature_folders(root, sizes=(12, 6, 6), longest=9, seed=0):
-    """Double-Flow's published layout: audio (T, d) a file, text (d,) a file, vision a folder of frames a clip, and the labels.
+    """Double-Flow's published layout: audio (T, d) a file, text (d,) a file, vision a folder of frames, and the labels.
     Returns the arguments and what was written: stream -> clip -> (T, d)."""
     rng, truth = np.random.default_rng(seed), {m: {} for m in FOLDERS}
     corpus, k = {}, 0
@@ -76,12 +76,13 @@ def feature_folders(root, sizes=(12, 6, 6), longest=9, seed=0):
                 if m == "vision":
                     (folder / clip).mkdir()
                     for t, frame in enumerate(x):
-                        np.save(folder / clip / f"{t:04d}.npy", frame if t % 2 else frame[None])
+                        np.save(folder / clip / f"{t}.npy", frame if t % 2 else frame[None])
                 else:
                     np.save(folder / f"{clip}.npy", x[0] if m == "text" else x)
         corpus[name] = facts
     np.savez(root / "label_official.npz", **{k: np.array(v, dtype=object) for k, v in corpus.items()})
-    return {"features": {m: str(root / f"{m}_dir") for m in FOLDERS}, "labels": root / "label_official.npz"}, truth, corpus
+    made = {"features": {m: str(root / f"{m}_dir") for m in FOLDERS}, "labels": root / "label_official.npz"}
+    return made, truth, corpus
 
 
 def learnable(**changes):
@@ -94,10 +95,19 @@ def learnable(**changes):
     return made
 
 
+def run_main(*arguments):
+    """train.main's exit code, that of a refused command line too."""
+    try:
+        return train.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code
+
+
 def run(folder, *more, seeds=("1",), epochs="2", dataset="mosi", method="corrkd"):
     """train.main on folder/data, runs in folder/runs, in process."""
-    return train.main(["--method", method, "--dataset", dataset, "--data-dir", str(folder / "data"), "--out", str(folder / "runs"),
-                       "--epochs", epochs, "--lr", "0.004", "--batch-size", "16", "--device", "cpu", "--seeds", *seeds, *more])
+    return run_main("--method", method, "--dataset", dataset, "--data-dir", folder / "data", "--out", folder / "runs",
+                    "--epochs", epochs, "--lr", "0.004", "--batch-size", "16", "--device", "cpu", "--seeds", *seeds,
+                    *more)
 
 
 def history(folder, name="mosi/corrkd/s1"):
@@ -121,10 +131,12 @@ def equal(a, b):
 
 
 def program(*arguments, **more):
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, **more)
+    """A program as a user runs it, and what it leaves: return code, and output unless `more` sends it elsewhere."""
+    more = {"capture_output": "stdout" not in more, "text": True, **more}
+    return subprocess.run([sys.executable, *map(str, arguments)], **more)
 
 
 def begun(*arguments, cwd):
-    """The program, not waited for; it can be stopped from the keyboard even where the tests run in the background, which a shell makes deaf to that."""
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    """The program, not waited for. Ctrl-C reaches it even where a shell runs the tests in the background."""
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))

@@ -1,226 +1,240 @@
 """corrkd.py against loops written from its equations, and the properties that its docstring promises."""
+import copy
 import math
-from dataclasses import replace
+import warnings
+from functools import partial
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import corrkd
-from corrkd import Config, CorrKD
+import test_methods
+import umdf
+from test_methods import UNALIGNED, half_of, numbers, target_of
 
-DIMS = {"text": 12, "audio": 7, "vision": 5}
-LENGTHS = {"text": 9, "audio": 6, "vision": 8}
-
-
-def model_of(task="polarity", dims=DIMS, seed=0, **changes):
-    torch.manual_seed(seed)
-    return CorrKD(dims, task, replace(Config(), **changes))
-
-
-def clips(n, dims=DIMS, lengths=LENGTHS, seed=1, whole=False):
-    """Streams, and real masks with at least one frame a clip; what lies behind a clip's end is zero."""
-    g = torch.Generator().manual_seed(seed)
-    real = {m: torch.arange(t) < torch.randint(t if whole else 1, t + 1, (n, 1), generator=g) for m, t in lengths.items()}
-    return {m: torch.randn(n, t, dims[m], generator=g) * real[m][..., None] for m, t in lengths.items()}, real
+model_of = partial(test_methods.model_of, "corrkd")
+clips = partial(test_methods.clips, lengths=UNALIGNED)
+TASKS = [("polarity", 2, 1), ("polarity", 3, 1), ("emotions", 2, 4)]     # task, classes C, decisions G
 
 
 def softplus(z):
     return math.log1p(math.exp(-abs(z))) + max(z, 0)
 
 
-# ------------------------------------------------------------------------------------- losses against loops
+def information(critic, a, b):
+    """(8) by a loop."""
+    n, total = len(a), 0.0
+    for i in range(n):
+        for j in range(n):
+            score = critic(torch.cat((a[i], b[j]))).item()
+            total += -softplus(-score) / n if i == j else -softplus(score) / (n * (n - 1))
+    return total
+
 
 @pytest.mark.parametrize("margin", [0.3, 1.2, 20.0])
 def test_sample_contrastive_is_equation_4(margin):
     s, t = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
     s[2], t[4] = t[2], s[1]     # a positive pair and a negative pair at distance 0
-    positive = sum(float(((s[i] - t[i]) ** 2).sum()) for i in range(6)) / 6
-    negative = sum(max(0.0, margin - math.sqrt(float(((s[i] - t[j]) ** 2).sum()))) ** 2 for i in range(6) for j in range(6) if i != j) / 30
-    assert float(corrkd.sample_contrastive(s, t, margin, normalize=False)) == pytest.approx(positive + negative, rel=1e-12)
-    active = sum(math.dist(s[i], t[j]) < margin for i in range(6) for j in range(6) if i != j) / 30
-    assert float(corrkd.active_negatives(s, t, margin, normalize=False)) == pytest.approx(active)
-    unit = [v / v.norm(dim=1, keepdim=True) for v in (s, t)]
-    for loss in (corrkd.sample_contrastive, corrkd.active_negatives):
-        torch.testing.assert_close(loss(s, 3 * t, margin), loss(*unit, margin, normalize=False))
+    expected = 0.0
+    for i in range(6):
+        expected += math.dist(s[i], t[i]) ** 2 / 6
+        for j in range(6):
+            if i != j:
+                expected += max(0.0, margin - math.dist(s[i], t[j])) ** 2 / 30
+    assert corrkd.sample_contrastive(s, t, margin, normalize=False).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_prototype_consistency_is_equations_5_and_6_and_leaves_absent_classes_out():
+def test_sample_contrastive_brings_its_vectors_to_unit_length():
+    s, t = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    unit_s, unit_t = s / s.norm(dim=1, keepdim=True), t / t.norm(dim=1, keepdim=True)
+    expected = corrkd.sample_contrastive(unit_s, unit_t, 1.2, normalize=False)
+    torch.testing.assert_close(corrkd.sample_contrastive(s, 3 * t, 1.2), expected)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 3, 1, 0, 3, 3], [2] * 7, [0, 1, 2, 3, 0, 1, 2]])
+def test_prototype_consistency_is_equations_5_and_6(labels):
+    """The first batch lacks a class, the second has one alone: what is absent is left out."""
     s, t = torch.randn(7, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
-    for labels in ([0, 1, 3, 1, 0, 3, 3], [2] * 7):
-        classes, total = sorted(set(labels)), 0.0
+    total = 0.0
+    for k in set(labels):
+        members = [j for j in range(7) if labels[j] == k]
+        c_s, c_t = s[members].mean(0), t[members].mean(0)
         for i in range(7):
-            for k in classes:
-                cosine = []
-                for h in (s, t):
-                    rows = [h[j] for j in range(7) if labels[j] == k]
-                    c = sum(rows) / len(rows)
-                    cosine.append(float(h[i] @ c) / float(h[i].norm() * c.norm()))
-                total += (cosine[0] - cosine[1]) ** 2
-        expected = total / (7 * len(classes))
-        assert float(corrkd.prototype_consistency(s, t, torch.tensor(labels), 4)) == pytest.approx(expected, rel=1e-12)
+            m_s = float(s[i] @ c_s) / float(s[i].norm() * c_s.norm())
+            m_t = float(t[i] @ c_t) / float(t[i].norm() * c_t.norm())
+            total += (m_s - m_t) ** 2
+    got = corrkd.prototype_consistency(s, t, torch.tensor(labels), 4)
+    assert got.item() == pytest.approx(total / (7 * len(set(labels))), rel=1e-12)
 
 
-def test_mutual_information_is_equation_8():
-    critic = model_of().critics[0].double()
-    a, b = torch.rand(5, 1, dtype=torch.float64), torch.rand(5, 1, dtype=torch.float64)
-    score = lambda i, j: float(critic(torch.cat((a[i], b[j]))).detach())
-    joint = sum(-softplus(-score(i, i)) for i in range(5)) / 5
-    apart = sum(softplus(score(i, j)) for i in range(5) for j in range(5) if i != j) / 20
-    assert float(corrkd.jsd_mutual_information(critic, a, b).detach()) == pytest.approx(joint - apart, rel=1e-12)
+@pytest.mark.parametrize("task, classes, decisions", TASKS)
+def test_response_consistency_is_equations_7_to_9(task, classes, decisions):
+    model = model_of(task, classes).double()
+    r, r_t = (torch.rand(5, decisions, classes, dtype=torch.float64) for _ in range(2))
+    y = target_of(task, classes).reshape(5, decisions)
+    expected = 0.0
+    for g in range(decisions):
+        u, u_t, v, v_t = [], [], [], []
+        for i in range(5):
+            others = [c for c in range(classes) if c != y[i, g]]
+            u.append(r[i, g, y[i, g]].reshape(1))
+            u_t.append(r_t[i, g, y[i, g]].reshape(1))
+            v.append(r[i, g, others])
+            v_t.append(r_t[i, g, others])
+        expected -= information(model.critics[0], u_t, u) / decisions
+        expected -= information(model.critics[1], v_t, v) / decisions
+    assert model.response_consistency(r, r_t, y).item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("task, groups", [("polarity", 1), ("emotions", 4)])
-def test_the_total_is_equation_10_written_out(task, groups):
-    model = model_of(task, dropout=0.0).double()
-    model.begin("student")
-    complete, real = clips(6)
-    complete = {m: x.double() for m, x in complete.items()}
-    missing = {m: x * (torch.rand(x.shape[:2])[..., None] < .6) for m, x in complete.items()}
-    target = torch.randint(0, 2, (6,) if groups == 1 else (6, 4))
-    terms = model.losses(complete, missing, target, real)
-    (h, f), (h_t, f_t) = model.student(missing, real), model.teacher(complete, real)
-    r, r_t, y = f.view(6, groups, 2).softmax(-1), f_t.view(6, groups, 2).softmax(-1), target.view(6, groups)
-    task_loss = -sum(math.log(r[i, g, y[i, g]].item()) for i in range(6) for g in range(groups)) / (6 * groups)
-    unit = [v / v.norm(dim=1, keepdim=True) for v in (h, h_t)]
-    scd = corrkd.sample_contrastive(*unit, 1.2, normalize=False)
-    cpd = sum(corrkd.prototype_consistency(h, h_t, y[:, g], 2) for g in range(groups)) / groups
-    rcd = 0.0
-    for g in range(groups):
-        parts = [[torch.stack([p[i, g, y[i, g]] if u else p[i, g, 1 - y[i, g]] for i in range(6)])[:, None] for p in (r_t, r)] for u in (1, 0)]
-        rcd -= sum(corrkd.jsd_mutual_information(critic, *part) for critic, part in zip(model.critics, parts)) / groups
-    for name, value in {"task": task_loss, "scd": scd, "cpd": cpd, "rcd": rcd, "total": task_loss + scd + cpd + rcd}.items():
-        assert terms[name].item() == pytest.approx(value if name == "task" else value.item(), rel=1e-9), name
+@pytest.mark.parametrize("task, classes, decisions", TASKS)
+def test_the_total_is_equation_10_written_out(task, classes, decisions):
+    """With KL as well, which the ablation has in the place of RCD."""
+    model, (complete, real) = model_of(task, classes, dropout=0.0, kl=1.0).double(), clips()
+    missing, target = half_of(complete), target_of(task, classes)
+    h, f = model.student(missing, real)
+    h_t, f_t = model.teacher(complete, real)
+    y = target.reshape(5, decisions)
+    r, r_t = (x.detach().view(5, decisions, classes).softmax(-1) for x in (f, f_t))
+    expected = {"task": 0.0, "scd": corrkd.sample_contrastive(h, h_t, 1.2).item(), "cpd": 0.0,
+                "rcd": model.response_consistency(r, r_t, y).item(), "kl": 0.0}
+    for g in range(decisions):
+        expected["cpd"] += corrkd.prototype_consistency(h, h_t, y[:, g], classes).item() / decisions
+        for i in range(5):
+            expected["task"] -= math.log(r[i, g, y[i, g]]) / (5 * decisions)
+            for p, q in zip(r_t[i, g].tolist(), r[i, g].tolist()):
+                expected["kl"] += p * math.log(p / q) / (5 * decisions)
+    expected["total"] = sum(expected.values())
+    assert numbers(model.losses(complete, missing, target, real)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_kl_in_the_place_of_rcd():
-    model = model_of("emotions", **corrkd.ABLATIONS["kl"])
-    model.begin("student")
-    complete, real = clips(5)
-    target = torch.randint(0, 2, (5, 4))
-    model.eval()
-    terms = model.losses(complete, complete, target, real)
-    p, q = (net(complete, real)[1].view(5, 4, 2).softmax(-1) for net in (model.teacher, model.student))
-    expected = sum((p[i, g, c] * (p[i, g, c] / q[i, g, c]).log()).item() for i in range(5) for g in range(4) for c in range(2)) / 20
-    assert float(terms["kl"].detach()) == pytest.approx(expected, rel=1e-4) and "rcd" not in terms
-
-
-def test_the_encoder_is_equation_1_against_pytorchs_own_layers():
-    """Two nn.TransformerEncoderLayer with the same weights, positions from the formula, GAP by hand."""
-    encoder = model_of().student.encoders["text"].eval()
-    x, real = (v["text"] for v in clips(4))
-    h = math.sqrt(40) * encoder.conv(x.transpose(1, 2)).transpose(1, 2)
-    for t in range(9):
-        for i in range(20):
-            h[:, t, 2 * i] += math.sin(t / 10000 ** (2 * i / 40))
-            h[:, t, 2 * i + 1] += math.cos(t / 10000 ** (2 * i / 40))
-    for layer in encoder.layers:
-        reference = torch.nn.TransformerEncoderLayer(40, 10, 160, batch_first=True, norm_first=True).eval()
-        reference.load_state_dict(dict(zip(reference.state_dict(), (
-            layer.qkv.weight, layer.qkv.bias, layer.out.weight, layer.out.bias, layer.ffn[0].weight, layer.ffn[0].bias,
-            layer.ffn[3].weight, layer.ffn[3].bias, layer.norm_attention.weight, layer.norm_attention.bias,
-            layer.norm_ffn.weight, layer.norm_ffn.bias))))
-        h = reference(h, src_key_padding_mask=~real)
-    h = F.layer_norm(h, (40,), encoder.norm.weight, encoder.norm.bias)
-    expected = torch.stack([h[i, :real[i].sum()].mean(0) for i in range(4)])
-    torch.testing.assert_close(encoder(x, real), expected, rtol=1e-5, atol=1e-5)
-
-
-# ------------------------------------------------------------------------------------- hard batches
-
-@pytest.mark.parametrize("task", ["polarity", "emotions"])
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_every_loss_is_finite_with_its_gradient(task, n):
-    """One clip, one class, identical inputs for teacher and student (distance 0 everywhere), a stream without frames."""
-    model = model_of(task, dropout=0.0)
-    model.student.load_state_dict(model.teacher.state_dict())
-    model.begin("student")
-    complete, real = clips(n)
-    complete = {m: x[:1].expand(n, -1, -1) for m, x in complete.items()}
-    real = {m: r[:1].expand(n, -1) & (m != "vision") for m, r in real.items()}
-    target = torch.ones((n,) if task == "polarity" else (n, 4), dtype=torch.long)
-    terms = model.losses(complete, complete, target, real)
-    terms["total"].backward()
-    assert all(torch.isfinite(t) for t in terms.values())
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    assert float(terms["cpd"].detach()) == pytest.approx(0, abs=1e-9)
-    if n == 1:
-        assert float(terms["scd"].detach()) == pytest.approx(0, abs=1e-9) and float(terms["rcd"]) == 0
+def test_the_encoder_is_that_of_umdf():
+    """Which test_umdf.py compares with equation (1). The same parameters, pooled: the same numbers."""
+    ours, theirs = model_of().student.encoders["audio"].double().eval(), umdf.Encoder(7, umdf.Config()).double().eval()
+    state, weights = {}, theirs.state_dict()
+    for name, weight in weights.items():
+        if ".q." in name:
+            state[name.replace(".q.", ".qkv.")] = torch.cat((weight, weights[name.replace(".q.", ".kv.")]))
+        elif ".kv." not in name:
+            state[name] = weight
+    ours.load_state_dict(state)
+    x, real = (v["audio"] for v in clips())
+    torch.testing.assert_close(ours(x, real), umdf.pool(theirs(x, real), real))
 
 
 def test_a_stream_without_a_real_frame_gives_zeros():
-    model = model_of().eval()
-    x, real = clips(3)
+    model, (x, real) = model_of().double().eval(), clips()
     real["audio"][1] = False
     h = model.encode("audio", x["audio"], real["audio"])
-    assert torch.isfinite(h).all() and h[1].eq(0).all() and h[0].ne(0).any()
+    assert h.isfinite().all() and h[1].eq(0).all() and h[0].ne(0).any()
 
 
-# ------------------------------------------------------------------------------------- padding and batching
+LOSSES = [lambda s, t: corrkd.sample_contrastive(s, t, 1.2),
+          lambda s, t: corrkd.prototype_consistency(s, t, torch.arange(6) % 3, 3)]
 
-# ------------------------------------------------------------------------------------- teacher and ablations
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_in_half_precision_is_that_of_its_vectors_in_float32(loss, dtype):
+    s, t = torch.randn(6, 5).to(dtype), torch.randn(6, 5).to(dtype)
+    torch.testing.assert_close(loss(s, t), loss(s.float(), t.float()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_sends_no_gradient_into_the_teacher(loss):
+    s, t = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5, requires_grad=True)
+    loss(s, t).backward()
+    assert t.grad is None and s.grad.abs().sum() > 0
+
 
 def test_the_teacher_neither_moves_nor_learns():
-    model = model_of()
-    model.begin("student")
-    model.train()
+    """Also where the model is put in training mode."""
+    model, (complete, real) = model_of().double().train(), clips()
     assert not model.teacher.training and model.student.training
-    before = {k: v.clone() for k, v in model.teacher.state_dict().items()}
-    complete, real = clips(4)
+    before = copy.deepcopy(model.teacher.state_dict())
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    model.losses(complete, complete, torch.tensor([0, 1, 1, 0]), real)["total"].backward()
+    model.losses(complete, complete, target_of("polarity"), real)["total"].backward()
     optimizer.step()
     assert all(torch.equal(v, before[k]) for k, v in model.teacher.state_dict().items())
     assert all(p.grad is None for p in model.teacher.parameters())
-    assert all(p.grad is not None for part in (model.student, model.critics) for p in part.parameters())
 
 
 def test_stored_teacher_outputs_change_nothing():
-    model = model_of(dropout=0.0)
-    model.begin("student")
-    complete, real = clips(6)
-    missing, target = {m: x * .5 for m, x in complete.items()}, torch.tensor([0, 1, 0, 1, 1, 0])
-    stored = model.teacher_outputs(complete, real)
-    a, b = model.losses(complete, missing, target, real), model.losses(complete, missing, target, real, teacher=stored)
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    model, (complete, real) = model_of(dropout=0.0).double(), clips()
+    batch = complete, half_of(complete), target_of("polarity"), real
+    assert numbers(model.losses(*batch, model.teacher_outputs(complete, real))) == numbers(model.losses(*batch))
 
 
-def test_each_ablation_changes_what_it_names_and_nothing_else():
-    complete, real = clips(6)
-    missing, target = {m: x * .5 for m, x in complete.items()}, torch.tensor([0, 1, 0, 1, 1, 0])
-    full = model_of(dropout=0.0)
-    reference = full.losses(complete, missing, target, real)
-    left = {"no_scd": {"task", "cpd", "rcd"}, "no_cpd": {"task", "scd", "scd_active", "rcd"}, "no_rcd": {"task", "scd", "scd_active", "cpd"},
-            "kl": {"task", "scd", "scd_active", "cpd", "kl"}, "no_distillation": {"task"}, "scd_raw": {"task", "scd", "scd_active", "cpd", "rcd"},
-            "teacher": {"task"}}
-    assert set(left) | {"layers_3", "layers_4"} == set(corrkd.ABLATIONS)
-    assert [len(model_of(**corrkd.ABLATIONS[f"layers_{n}"]).student.encoders["text"].layers) for n in (3, 4)] == [3, 4]
-    for name, terms in left.items():
-        model = model_of(dropout=0.0, **corrkd.ABLATIONS[name])     # the same seed: the same weights
-        assert all(torch.equal(v, full.state_dict()[k]) for k, v in model.state_dict().items())
-        got = model.losses(complete, missing, target, real)
-        assert set(got) == terms | {"total"}
-        changed = {"task"} if name == "teacher" else {"scd", "scd_active"} if name == "scd_raw" else set()
-        assert all(torch.equal(got[k], reference[k]) for k in terms - changed - {"kl"}), name
+@pytest.mark.parametrize("ablation, stage", [("no_distillation", "student"), ("scd_raw", "teacher")])
+def test_there_are_no_teacher_outputs_in_a_stage_without_a_teacher(ablation, stage):
+    model = model_of(**corrkd.ABLATIONS[ablation]).double()
+    model.begin(stage)
+    assert model.teacher_outputs(*clips()) is None
+
+
+def train_teacher(model):
+    complete, real = clips()
+    model.double().begin("teacher")
+    model.losses(complete, complete, target_of("polarity"), real)
+
+
+def load(part):
+    def load_part(model):
+        state = {k: v for k, v in model.state_dict().items() if k.startswith(part)}
+        model.load_state_dict(state, strict=False)
+    return load_part
+
+
+@pytest.mark.parametrize("prepare, warns", [(lambda model: None, True), (load("student"), True), (load(""), False),
+                                            (load("teacher"), False), (train_teacher, False)])
+def test_a_student_warns_once_unless_its_teacher_was_trained_or_loaded(prepare, warns):
+    model = copy.deepcopy(corrkd.CorrKD(test_methods.DIMS, "polarity"))     # and so does a copy
+    prepare(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.begin("student")
+        model.begin("student")
+    assert len(caught) == warns and all("neither trained nor loaded" in str(w.message) for w in caught)
+
+
+def test_a_student_without_distillation_does_not_warn(recwarn):
+    config = corrkd.Config(**corrkd.ABLATIONS["no_distillation"])
+    corrkd.CorrKD(test_methods.DIMS, "polarity", config).begin("student")
+    assert not recwarn.list
+
+
+def test_losses_of_no_stage_say_which_there_are():
+    with pytest.raises(ValueError, match="Call begin first: teacher, then student"):
+        corrkd.CorrKD(test_methods.DIMS, "polarity").losses(None, None, None)
+
+
+def test_without_rcd_its_critics_are_not_trained():
+    assert not any(p.requires_grad for p in model_of(rcd=0.0).critics.parameters())
+
+
+def test_the_stages_and_the_sets_that_they_are_about():
     assert model_of().stages == {"teacher": ("lav",), "student": corrkd.SETS}
     assert model_of(**corrkd.ABLATIONS["no_distillation"]).stages == {"student": corrkd.SETS}
-    teacher = model_of(**corrkd.ABLATIONS["teacher"])
-    assert teacher.stages == {"teacher": corrkd.SETS} and teacher.network is teacher.teacher
-    raw = model_of(dropout=0.0, scd_raw=True)
-    h, h_t = raw.student(missing, real)[0], raw.teacher(complete, real)[0]
-    assert torch.equal(raw.losses(complete, missing, target, real)["scd"], corrkd.sample_contrastive(h, h_t, 1.2, normalize=False))
+    assert model_of(**corrkd.ABLATIONS["teacher"]).stages == {"teacher": corrkd.SETS}
 
 
-def test_parameter_counts_are_pinned():
-    """By hand for d=40, two layers: a stream's convolution 3*40*d_m; a layer 40*120+120 + 1640 + 6560+6440 + 4*40 = 19720; norm 80."""
-    model = CorrKD({"text": 300, "audio": 74, "vision": 35}, "polarity", Config(layers=2))
-    network = 3 * 40 * (300 + 74 + 35) + 3 * (2 * 19720 + 80) + 242
-    critic = (2 * 64 + 64) + (64 * 64 + 64) + 65
-    assert sum(p.numel() for p in model.parameters()) == 2 * network + 2 * critic
+@pytest.mark.parametrize("ablation, part", [("scd_raw", "student"), ("teacher", "teacher")])
+def test_a_model_made_to_load_a_checkpoint_answers_by_its_last_stage(ablation, part):
+    model = corrkd.CorrKD(test_methods.DIMS, "polarity", corrkd.Config(**corrkd.ABLATIONS[ablation])).double().eval()
+    x, real = clips()
+    assert torch.equal(model(**x, real=real), getattr(model, part)(x, real)[1])
 
 
-def test_mistakes_are_told():
-    with pytest.raises(ValueError, match="regression"):
-        CorrKD(DIMS, "regression")
-    with pytest.raises(ValueError, match="multiple of heads"):
-        model_of(heads=7)
+@pytest.mark.parametrize("classes", [2, 3])
+def test_parameter_counts_are_pinned(classes):
+    """By hand for d = 40, two layers: a stream's convolution 3*40*d_m; a layer 40*120+120 + 1640 + 6560+6440
+    + 4*40 = 19720; norm 80; the classifier 120*C + C; a critic on 2k numbers 2k*64+64 + 64*64+64 + 65."""
+    model = corrkd.CorrKD({"text": 300, "audio": 74, "vision": 35}, "polarity", corrkd.Config(layers=2), classes)
+    network = 3 * 40 * (300 + 74 + 35) + 3 * (2 * 19720 + 80) + 121 * classes
+    critics = sum(2 * k * 64 + 64 + 64 * 64 + 64 + 65 for k in (1, classes - 1))
+    assert sum(p.numel() for p in model.parameters()) == 2 * network + critics
+
+
+def test_what_is_listed_for_the_paper_is_the_default():
+    listed = {"mosi": (4e-3, 64, 50, 10, 1.2), "mosei": (2e-3, 32, 20, 8, 1.0), "iemocap": (4e-3, 64, 30, 10, 1.4)}
+    for name, c in corrkd.PAPER.items():
+        assert (c.lr, c.batch_size, c.epochs, c.heads, c.margin) == listed[name]

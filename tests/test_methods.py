@@ -1,232 +1,388 @@
-"""What eval.py and train.py ask of a method file (the list beside METHODS), and what a reader who copies one is promised."""
+"""What train.py and eval.py ask of a method file, and what a reader who copies one is promised, for all three."""
 import dataclasses
-import inspect
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-import data
-import eval as evaluation
-from data import STREAMS
-from helpers import ROOT, program
+import corrkd
+import double_flow
+import umdf
 
-WIDTHS = {"text": 12, "audio": 7, "vision": 5}
+METHODS = {"corrkd": corrkd, "umdf": umdf, "double_flow": double_flow}
+ROOT = Path(__file__).resolve().parent.parent
+STREAMS = ("text", "audio", "vision")
+COLUMNS = ("l", "a", "v", "la", "lv", "av", "avg", "lav")
+DIMS = {"text": 12, "audio": 7, "vision": 5}
+CARRIED = {**DIMS, "simulated_text": 12}
+UNALIGNED = {"text": 9, "audio": 6, "vision": 8, "simulated_text": 11}
+ALIGNED = dict.fromkeys(CARRIED, 8)
+FORMS = [("corrkd", "polarity", 2, DIMS), ("corrkd", "polarity", 3, DIMS), ("corrkd", "emotions", 2, DIMS),
+         ("umdf", "regression", 2, DIMS), ("umdf", "polarity", 3, DIMS), ("umdf", "emotions", 2, DIMS),
+         ("double_flow", "regression", 2, DIMS), ("double_flow", "polarity", 3, DIMS),
+         ("double_flow", "emotions", 2, DIMS), ("double_flow", "regression", 2, CARRIED)]
+ABLATIONS = [(name, ablation) for name, module in METHODS.items() for ablation in module.ABLATIONS]
 
 
-@pytest.mark.parametrize("name", evaluation.METHODS)
-def test_a_method_file_offers_all_that_is_asked_of_it(name):
-    """Names, signatures and return shapes; for each data set's task, each stage, and each ablation's config."""
-    module = evaluation.METHODS[name]
-    assert set(module.TASKS) == set(module.PAPER) == set(module.LISTED) == set(module.REPORTED) == set(data.SIZES) and set(module.FEATURES) == set(STREAMS)
-    assert {"lr", "weight_decay", "batch_size", "epochs", "clip", "aligned"} <= {f.name for f in dataclasses.fields(module.Config)}
-    assert all(isinstance(c, module.Config) for c in module.PAPER.values()) and set(module.TABLE) <= set(evaluation.COLUMNS)
-    assert all(set(a) <= {f.name for f in dataclasses.fields(module.Config)} for a in module.ABLATIONS.values())
+def model_of(name, task=None, classes=2, dims=DIMS, **changes):
+    """A model with fixed weights in its last stage; CorrKD's teacher is taken as trained. Double-Flow's matrices are
+    enlarged: as PyTorch draws them, all clips get nearly the same answer."""
+    module = METHODS[name]
+    torch.manual_seed(0)
+    config = dataclasses.replace(module.Config(), **changes)
+    model = module.Model(dims, task or module.TASKS["mosi"], config, classes)
+    if name == "corrkd":
+        model.teacher.load_state_dict(model.teacher.state_dict())
+    if name == "double_flow":
+        for p in model.parameters():
+            p.data *= 1.9 if p.ndim > 1 else 1
+    model.begin([*model.stages][-1])
+    return model
+
+
+def clips(n=5, lengths=ALIGNED, dims=DIMS):
+    """Streams in float64 and masks, at least one frame a clip; aligned streams share their masks."""
+    g = torch.Generator().manual_seed(1)
+    real = {m: torch.arange(lengths[m]) < torch.randint(1, lengths[m] + 1, (n, 1), generator=g) for m in dims}
+    if lengths is ALIGNED:
+        real = dict.fromkeys(dims, real["text"])
+    return {m: torch.randn(n, lengths[m], d, generator=g).double() * real[m][..., None] for m, d in dims.items()}, real
+
+
+def half_of(streams):
+    """Copies with missing frames."""
+    g = torch.Generator().manual_seed(2)
+    return {m: x * (torch.rand(x.shape[:2], generator=g) < .5)[..., None] for m, x in streams.items()}
+
+
+def target_of(task, classes=2, n=5):
+    if task == "regression":
+        return torch.linspace(-2, 2, n).double()
+    return torch.arange(n) % classes if task == "polarity" else torch.arange(4 * n).reshape(n, 4) // 3 % classes
+
+
+def numbers(terms):
+    return {name: term.item() for name, term in terms.items()}
+
+
+@pytest.fixture(params=FORMS, ids=lambda form: f"{form[0]}-{form[1]}-{form[2]}-{len(form[3])}")
+def case(request):
+    """A model in double precision and evaluation, clips of several lengths, their masks and targets. Streams are
+    unaligned, but for UMDF's main form."""
+    name, task, classes, dims = request.param
+    aligned = request.param == FORMS[3]
+    model = model_of(name, task, classes, dims, aligned=aligned).double().eval()
+    return model, *clips(5, ALIGNED if aligned else UNALIGNED, dims), target_of(task, classes)
+
+
+@pytest.mark.parametrize("name, module", METHODS.items())
+def test_a_method_file_offers_all_that_is_asked_of_it(name, module):
+    fields = {f.name for f in dataclasses.fields(module.Config)}
+    assert {"lr", "weight_decay", "batch_size", "epochs", "clip", "aligned"} <= fields
+    assert set(module.TASKS) == set(module.PAPER) == set(module.REPORTED) == {"mosi", "mosei", "iemocap"}
+    assert set(module.FEATURES) == set(STREAMS) and set(module.TABLE) <= set(COLUMNS)
+    assert isinstance(module.learning_rate_factor(0), float)
     for by_ablation in module.REPORTED.values():
         assert "" in by_ablation and set(by_ablation) <= {"", *module.ABLATIONS}
-        assert all(set(row) <= set(evaluation.COLUMNS) for metrics in by_ablation.values() for row in metrics.values())
-    assert all(isinstance(module.learning_rate_factor(e), float) for e in (0, 50))
-    signature = lambda f: list(inspect.signature(f).parameters)
-    assert signature(module.Model) == ["dims", "task", "config"] and signature(module.Model.losses) == ["self", "complete", "missing", "target", "real", "teacher"]
-    assert signature(module.Model.represent) == ["self", "streams", "real"] and signature(module.Model.forward)[:5] == ["self", *STREAMS, "real"]
-    real = {m: torch.arange(6).expand(8, 6) < 5 for m in STREAMS}
-    x = {m: torch.randn(8, 6, d) * real[m][..., None] for m, d in WIDTHS.items()}
-    for task in set(module.TASKS.values()):
-        target, outputs = {"regression": (torch.randn(8), (8, 1)), "polarity": (torch.arange(8) % 2, (8, 2)), "emotions": (torch.arange(32).view(8, 4) % 2, (8, 4, 2))}[task]
-        for ablation in ("", *module.ABLATIONS):
-            model = module.Model(WIDTHS, task, dataclasses.replace(module.Config(), **module.ABLATIONS.get(ablation, {})))
-            assert model.stages and all(sets and set(sets) <= set(data.SETS) for sets in model.stages.values())
-            for stage in model.stages:
-                model.begin(stage)
-                assert {model.sees_missing, model.has_teacher} <= {True, False}
-                teacher = model.eval().teacher_outputs(x, real) if model.has_teacher else None
-                assert teacher is None or all(isinstance(t, torch.Tensor) and len(t) == 8 for t in teacher)
-                blind = {m: v.new_full(v.shape, float("nan")) for m, v in x.items()}
-                terms = model.train().losses(x, x if model.sees_missing else blind, target, real, teacher)
-                assert "total" in terms and all(t.shape == () and t.isfinite() for t in terms.values())
-                terms["total"].backward()
-                h = model.eval().represent(x, real)
-                assert h.ndim == 2 and len(h) == 8 and model.classify(h).shape == outputs
-                torch.testing.assert_close(model(**x, real=real), model.classify(h), rtol=0, atol=0)
-                if model.encode:
-                    torch.testing.assert_close(torch.cat([model.encode(m, x[m], real[m]) for m in STREAMS], 1), h, rtol=0, atol=1e-6)
-            with pytest.raises(ValueError, match="no stage 'pretraining'"):
-                model.begin("pretraining")
-        shape = list(target.shape if target.ndim > 1 else (8, 1))
-        model = module.Model(WIDTHS, task).eval()
-        column = target.reshape(shape)                              # MMSA's form of a score: the same losses
-        one, other = (model.losses(x, x, t, real)["total"] for t in (target, column))
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
-        for wrong in (target[:4], torch.cat((column, column), 1)):
-            with pytest.raises(ValueError, match=re.escape(f"target has shape {tuple(wrong.shape)}; these clips ask for {tuple(shape)}")):
-                model.losses(x, x, wrong, real)
-        with pytest.raises(ValueError, match="no vision among the streams"):
-            model.losses(*[{m: x[m] for m in ("text", "audio")}] * 2, target, real)
+        for metrics in by_ablation.values():
+            assert all(set(row) <= set(COLUMNS) for row in metrics.values())
+
+
+def test_a_model_is_what_the_programs_ask_for(case):
+    model, x, real, target = case
+    shape = {"regression": (5, 1), "polarity": (5, model.classes), "emotions": (5, 4, model.classes)}[model.task]
+    for stage, sets in model.stages.items():
+        assert sets and set(sets) <= set(COLUMNS) - {"avg"}
+        model.begin(stage)
+        teacher = model.eval().teacher_outputs(x, real)
+        assert teacher is None or all(len(rows) == 5 for rows in teacher)
+        terms = model.train().losses(x, half_of(x), target, real, teacher)
+        assert "total" in terms and all(term.shape == () for term in terms.values())
+        h = model.eval().represent(x, real)
+        assert h.ndim == 2 and model.classify(h).shape == shape
+        assert torch.equal(model(**x, real=real), model.classify(h))
+        if model.encode:
+            parts = [model.encode(m, x[m], real[m]) for m in STREAMS]
+            torch.testing.assert_close(torch.cat(parts, 1), h, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name, stage", [("corrkd", "teacher"), ("double_flow", "train")])
+def test_a_stage_without_missing_copies_does_not_look_at_them(name, stage):
+    model, (x, real) = model_of(name).double(), clips()
+    model.begin(stage)
+    blind = {m: v * float("nan") for m, v in x.items()}
+    assert model.losses(x, blind, target_of(model.task), real)["total"].isfinite()
+
+
+TRAINS = {"teacher": "teacher.", "student": ("student.", "critics."), "train": ""}   # stage -> names of parameters
+
+
+def test_after_one_step_every_parameter_that_a_stage_trains_has_moved_and_no_other(case):
+    model, x, real, target = case
+    for stage in model.stages:
+        model.begin(stage)
+        before = {k: p.detach().clone() for k, p in model.named_parameters()}
+        learning = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(learning, lr=1e-3, weight_decay=model.config.weight_decay)
+        model.train().losses(x, half_of(x), target, real)["total"].backward()
+        optimizer.step()
+        for k, p in model.named_parameters():
+            trains = k.startswith(TRAINS[stage])
+            assert p.requires_grad is trains and torch.equal(p, before[k]) is not trains, (stage, k)
 
 
 WEIGHTS = {     # term -> the field of Config that is its weight; the others have weight 1
     "corrkd": {"scd": "scd", "cpd": "cpd", "rcd": "rcd", "kl": "kl"}, "umdf": {"rep": "rep", "resp": "resp"},
-    "double_flow": dict(zip(("task_complete", "task_missing", "q_text", "c_text", "h", "rnc"), ("w1", "w2", "w3", "w4", "w5", "w6")))}
+    "double_flow": {"task_complete": "w1", "task_missing": "w2", "q_text": "w3", "c_text": "w4", "h": "w5",
+                    "rnc": "w6"}}
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_every_weight_counts_in_the_total(name):
-    module, fields = evaluation.METHODS[name], WEIGHTS[name]
-    config = module.Config(**{field: .3 + .1 * i for i, field in enumerate(fields.values())})
-    task = module.TASKS["mosi"]
-    model = module.Model(WIDTHS, task, config).eval()
-    model.begin([*model.stages][-1])
-    x = {m: torch.randn(8, 6, d) for m, d in WIDTHS.items()}
-    terms = model.losses(x, {m: v * (torch.rand(8, 6, 1) < .5) for m, v in x.items()}, torch.arange(8) % 2 if task == "polarity" else torch.randn(8))
+@pytest.mark.parametrize("name, fields", WEIGHTS.items())
+def test_every_weight_counts_in_the_total(name, fields):
+    changes = {field: .3 + .1 * i for i, field in enumerate(fields.values())}
+    model, (x, real) = model_of(name, **changes).double().eval(), clips()
+    terms = numbers(model.losses(x, half_of(x), target_of(model.task), real))
+    total = terms.pop("total")
     assert set(fields) <= set(terms)
-    weight = lambda term: getattr(config, fields[term]) if term in fields else float(term != "scd_active")
-    assert terms.pop("total").item() == pytest.approx(sum(weight(k) * v.item() for k, v in terms.items()), rel=1e-5)
+    assert total == pytest.approx(sum(changes.get(fields.get(k), 1.0) * v for k, v in terms.items()))
 
 
-B, T = 8, 6     # where each method drops, in training, by the equations of its opening: shapes in the order of the calls
-LAYER = [(B, T, 160), (B, T, 40)]
-DROPS = {"corrkd": 3 * [(B, T, 40), *2 * [(B, T, 40), *LAYER]],
-         "umdf": 3 * [(2 * B, T, 40), *2 * [(2 * B, T, 40), (2 * B, T, 160), (2 * B, T, 40)]] + 12 * [(2 * B, T, 40), (2 * B, T, 160), (2 * B, T, 40)],
-         "double_flow": 3 * [(2 * B, T, 256), (2 * B, 256), *2 * [(2 * B, 256)]] + 2 * [(2 * B, 256)] + 7 * [(2 * B, 256)]
-         + 3 * [(2 * B, T, 256), (2 * B, 7, 256), (2 * B, 7, 256), (2 * B, 7, 128)] + [(2 * B, 256), (2 * B, 128)]}
+# ablation -> the terms that go, those that change, and the part of the network that goes
+GOES = {"no_scd": {"scd"}, "no_cpd": {"cpd"}, "no_rcd": {"rcd"}, "kl": {"rcd"}, "teacher": {"scd", "cpd", "rcd"},
+        "no_rep": {"rep"}, "no_resp": {"resp"}, "no_w3": {"q_text"}, "no_w4": {"c_text"}, "no_w5": {"h"},
+        "no_rnc": {"rnc"}, "task_only": {"q_text", "c_text", "h", "rnc"},
+        "no_distillation": {"scd", "cpd", "rcd", "rep", "resp", "q_text", "c_text"}}
+MISSING_FLOW = {"task_missing", "q_text", "c_text", "h", "rnc"}
+CHANGES = {"teacher": {"task"}, "scd_raw": {"scd"}, "mia_z": MISSING_FLOW, "no_mia": MISSING_FLOW,
+           "complete_to_missing": {"rep", "resp"}, "missing_to_complete": {"rep", "resp"}}
+PART = {"no_coarse": "coarse.", "no_fine": "fine.", "no_enhancement": "enhancement.", "no_filtering": "filtering.",
+        "no_mia": "imagine."}
+
+
+@pytest.mark.parametrize("name, ablation", [a for a in ABLATIONS if not a[1].startswith("layers")])
+def test_each_ablation_changes_what_it_names_and_nothing_else(name, ablation):
+    """What stays starts from the same weights and, where the network is whole, gives the same terms."""
+    full, model = (model_of(name, **changes) for changes in ({}, METHODS[name].ABLATIONS[ablation]))
+    expected = {k: v for k, v in full.state_dict().items() if not k.startswith(PART.get(ablation, "nothing"))}
+    state = model.state_dict()
+    assert set(state) == set(expected) and all(torch.equal(v, expected[k]) for k, v in state.items())
+    x, real = clips()
+    y = target_of(full.task)
+    reference, terms = (numbers(m.double().eval().losses(x, half_of(x), y, real)) for m in (full, model))
+    assert set(terms) - {"kl"} == set(reference) - GOES.get(ablation, set())
+    assert ("kl" in terms) is (ablation == "kl")
+    if name != "umdf" or ablation not in PART:
+        changed = {k for k in set(terms) & set(reference) - {"total"} if terms[k] != reference[k]}
+        assert changed == CHANGES.get(ablation, set())
+
+
+B, T = 8, 6     # where each method drops, in training, by the equations of its opening: shapes, in any order
+FFN, D40, D256 = [(2 * B, T, 160), (2 * B, T, 40)], [(2 * B, T, 40)], [(2 * B, 256)]
+DROPS = {"corrkd": 3 * ([(B, T, 40)] + 2 * [(B, T, 40), (B, T, 160), (B, T, 40)]),
+         "umdf": 3 * (D40 + 2 * (D40 + FFN)) + 12 * (D40 + FFN),
+         "double_flow": 3 * ([(2 * B, T, 256)] + 3 * D256) + 2 * D256 + 7 * D256 + D256 + [(2 * B, 128)]
+         + 3 * [(2 * B, T, 256), (2 * B, 7, 256), (2 * B, 7, 256), (2 * B, 7, 128)]}
 
 
 @pytest.mark.parametrize("name", DROPS)
 def test_dropout_stands_where_the_equations_have_it(name, monkeypatch):
-    """A recorder in dropout's place: what it is given, by shape, as often as it is written."""
-    module, seen = evaluation.METHODS[name], []
-    record = lambda self, x: (self.training and seen.append(tuple(x.shape)), x)[1]
-    for kind in {getattr(module, "Dropout", None), getattr(module, "Half", None), torch.nn.Dropout} - {None}:
+    """A recorder in dropout's place: what it is given, by shape."""
+    shapes = []
+
+    def record(dropout, x):
+        if dropout.training:
+            shapes.append(tuple(x.shape))
+        return x
+    for kind in (torch.nn.Dropout, double_flow.Half):
         monkeypatch.setattr(kind, "forward", record)
-    model = module.Model(WIDTHS, module.TASKS["mosi"])
-    model.begin([*model.stages][-1])
-    x, target = {m: torch.randn(B, T, d) for m, d in WIDTHS.items()}, torch.arange(B) % 2 if name == "corrkd" else torch.randn(B)
-    model.train().losses(x, x, target, None, *([model.teacher_outputs(x)] if model.has_teacher else []))
-    assert sorted(seen) == sorted(DROPS[name])
+    model, x = model_of(name), {m: torch.randn(B, T, d) for m, d in DIMS.items()}
+    model.train().losses(x, x, target_of(model.task, n=B).to(torch.long if name == "corrkd" else torch.float32))
+    assert sorted(shapes) == sorted(DROPS[name])
 
 
-FORMS = [("corrkd", "polarity", {}, False), ("umdf", "regression", {}, False), ("umdf", "emotions", {"aligned": False}, False),
-         ("double_flow", "regression", {}, False), ("double_flow", "regression", {}, True)]      # the last: simulated text is carried
-
-
-def made(name, task, changes, carried, n=5):
-    """A model in double precision and evaluation mode, clips of several lengths with zeros behind, and their real masks."""
-    torch.manual_seed(0)
-    module, dims = evaluation.METHODS[name], {**WIDTHS, **({"simulated_text": 12} if carried else {})}
-    model = module.Model(dims, task, dataclasses.replace(module.Config(), **changes)).double().eval()
-    for p in model.parameters() if name == "double_flow" else ():       # as PyTorch draws them, all clips get nearly one answer
-        p.data *= 1.9 if p.ndim > 1 else 1
-    frames = dict.fromkeys(dims, 8) if name == "umdf" and not changes else dict(zip(dims, (9, 6, 8, 11)))
-    length = {m: torch.randint(1, t + 1, (n, 1)) for m, t in frames.items()}
-    if len(set(frames.values())) == 1:
-        length = dict.fromkeys(dims, length["text"])
-    real = {m: torch.arange(t) < length[m] for m, t in frames.items()}
-    return model, {m: torch.randn(n, t, dims[m], dtype=torch.float64) * real[m][..., None] for m, t in frames.items()}, real
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_prediction_depends_neither_on_padding_nor_on_the_batch(form):
-    model, x, real = made(*form)
-    if len({v.shape[1] for v in x.values()}) > 1:
-        x["vision"][3], real["vision"][3] = 0, False        # a clip without a frame in one stream
-    if form[0] == "double_flow":
-        x["text"][1] = 0                                    # a clip of the missing flow
-    same = lambda got, expected: torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("front", [True, False])
+def test_an_answer_does_not_depend_on_padding(case, front):
+    model, x, real, _ = case
+    x["text"][1] = 0        # in Double-Flow a clip of the missing flow
     expected = model(**x, real=real)
     for size in (20, 50):
-        for front in (False, True):
-            pad = lambda v: F.pad(v, [0] * 2 * (v.ndim - 2) + ([size - v.shape[1], 0] if front else [0, size - v.shape[1]]))
-            same(model(**{m: pad(v) for m, v in x.items()}, real={m: pad(r) for m, r in real.items()}), expected)
-    for i in (0, 1, 2, 4):      # alone, cut to its own length, without any mask; cut streams may agree in length by accident
-        same(model(**{m: v[i:i + 1, :real[m][i].sum()] for m, v in x.items()}), expected[i:i + 1])
-    order = torch.randperm(5)
-    same(model(**{m: v[order] for m, v in x.items()}, real={m: r[order] for m, r in real.items()}), expected[order])
-    noisy = {m: torch.where(real[m][..., None], v, 7.0) for m, v in x.items()}      # what stands in padding is not seen
-    if form[0] != "double_flow":        # there it tells which flow a clip takes
-        same(model(**noisy, real=real), expected)
+        def pad(v):
+            more = [size - v.shape[1], 0] if front else [0, size - v.shape[1]]
+            return F.pad(v, [0] * 2 * (v.ndim - 2) + more)
+        answer = model(**{m: pad(v) for m, v in x.items()}, real={m: pad(r) for m, r in real.items()})
+        torch.testing.assert_close(answer, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_dropped_frame_is_seen(form):
-    """Zeros inside a clip count as positions; were they treated as padding, the clip would look shorter."""
-    model, x, real = made(*form)
+def test_an_answer_does_not_depend_on_the_batch(case):
+    """A clip alone, cut to its own length, without a mask."""
+    model, x, real, _ = case
+    x["text"][1] = 0
+    expected = model(**x, real=real)
+    for i in range(5):
+        alone = model(**{m: v[i:i + 1, :real[m][i].sum()] for m, v in x.items()})
+        torch.testing.assert_close(alone, expected[i:i + 1], rtol=0, atol=1e-12)
+
+
+def test_what_stands_in_padding_is_not_seen(case):
+    """But in Double-Flow's text, where it tells which flow a clip takes."""
+    model, x, real, _ = case
+    noisy = {m: torch.where(real[m][..., None], v, 7.0) for m, v in x.items()}
+    torch.testing.assert_close(model(**noisy, real=real), model(**x, real=real), rtol=0, atol=1e-12)
+
+
+def test_a_missing_frame_is_seen(case):
+    """Zeros inside a clip count as positions; were they padding, the clip would look shorter."""
+    model, x, real, _ = case
     real = {m: torch.ones_like(r) for m, r in real.items()}
     last = torch.tensor([x["text"].shape[1] - 1])
-    dropped = {**x, "text": (x["text"] + 1).index_fill(1, last, 0.0)}
+    missing = {**x, "text": (x["text"] + 1).index_fill(1, last, 0.0)}
     shorter = {**real, "text": real["text"].index_fill(1, last, False)}
-    assert (model(**dropped, real=real) - model(**dropped, real=shorter)).abs().max() > 1e-5
+    assert (model(**missing, real=real) - model(**missing, real=shorter)).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_model_can_learn_one_batch_in_each_stage(form, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_masks_may_be_numbers(case, dtype):
+    model, x, real, _ = case
+    assert torch.equal(model(**x, real={m: r.to(dtype) for m, r in real.items()}), model(**x, real=real))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_every_loss_is_finite_with_its_gradient(case, n):
+    """One clip; equal clips; equal labels; a stream without frames; all text missing."""
+    model, x, real, target = case
+    x = {m: v[:1].expand(n, -1, -1) for m, v in x.items()}
+    real = {m: r[:1].expand(n, -1) & (m != "vision") for m, r in real.items()}
+    target = target[1:2].expand(n, *target.shape[1:])
+    terms = model.train().losses(x, {**x, "text": x["text"] * 0}, target, real)
+    terms["total"].backward()
+    assert all(term.isfinite() for term in terms.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_model_trains_in_half_precision(name):
+    model, (x, real) = model_of(name, "polarity").bfloat16(), clips()
+    x = {m: v.bfloat16() for m, v in x.items()}
+    terms = model.losses(x, half_of(x), target_of("polarity"), real)
+    terms["total"].backward()
+    assert all(term.isfinite() for term in terms.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name, task, classes, dims", [FORMS[1], FORMS[3], FORMS[6]])
+def test_a_model_can_learn_one_batch_in_each_stage(name, task, classes, dims, monkeypatch):
     """Without dropout. Complete clips; for Double-Flow also those whose text is missing."""
-    module = evaluation.METHODS[form[0]]
-    for kind in {getattr(module, "Dropout", None), getattr(module, "Half", None), torch.nn.Dropout} - {None}:
-        monkeypatch.setattr(kind, "forward", lambda self, x: x)
-    model, x, real = made(*form, n=6)
-    model, x = model.float(), {m: v.float() for m, v in x.items()}
-    target = {"polarity": torch.arange(6) % 2, "regression": torch.linspace(-2, 2, 6), "emotions": torch.arange(24).view(6, 4) // 3 % 2}[form[1]]
+    for kind in (torch.nn.Dropout, double_flow.Half):
+        monkeypatch.setattr(kind, "forward", lambda dropout, x: x)
+    model, (x, real) = model_of(name, task, classes), clips()
+    x, target = {m: v.float() for m, v in x.items()}, target_of(task, classes)
+    target = target.float() if task == "regression" else target
     for stage in model.stages:
         model.begin(stage)
-        optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=5e-4 if form[0] == "double_flow" else 4e-3)
-        for _ in range(60):
+        learning = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(learning, lr=5e-4 if name == "double_flow" else 4e-3)
+        for _ in range(40):
             optimizer.zero_grad()
             model.train().losses(x, x, target, real)["total"].backward()
             optimizer.step()
-        for streams in (x, {**x, "text": x["text"] * 0})[:2 if form[0] == "double_flow" else 1]:
+        for streams in [x, {**x, "text": x["text"] * 0}][:2 if name == "double_flow" else 1]:
             answer = model.eval()(**streams, real=real)
-            assert F.mse_loss(answer[:, 0], target) < .1 if form[1] == "regression" else torch.equal(answer.argmax(-1), target), stage
+            if task == "regression":
+                assert F.mse_loss(answer[:, 0], target) < .1
+            else:
+                assert torch.equal(answer.argmax(-1), target), stage
 
 
-def test_the_programs_guess_nothing_of_a_method():
-    for name in ("train.py", "eval.py"):
-        code = (ROOT / name).read_text()
-        assert not re.search(r"hasattr|getattr\(|inspect\.|\"(teacher|student)\"", code), name
-        for method in evaluation.METHODS:
-            assert not re.search(rf"^import.*\b{method}\b", code, re.M), name
+@pytest.mark.parametrize("dims", [{"text": 12, "audio": 7}, {**DIMS, "depth": 3}])
+@pytest.mark.parametrize("name, module", METHODS.items())
+def test_streams_that_are_not_the_three_are_refused_and_told_what_to_pass(name, module, dims):
+    x = {m: torch.randn(2, 4, d) for m, d in dims.items()}
+    for mistake in (lambda: module.Model(dims, module.TASKS["mosi"]), lambda: model_of(name).represent(x)):
+        with pytest.raises(ValueError, match="streams are text, audio, vision; give zeros of width 1"):
+            mistake()
 
 
-USES = {    # what the ten lines of each opening leave open: a batch, and the shape of the last line's answer
-    "corrkd": ("(streams, missing, torch.tensor([0, 1] * 4), real)", "logits", (8, 2)),
-    "umdf": ("(streams, missing, torch.randn(8), real)", "sentiment", (8, 1)),
-    "double_flow": ("(streams, torch.randn(8), real)", "sentiment", (8, 1))}
+@pytest.mark.parametrize("name", METHODS)
+def test_zeros_of_width_1_stand_for_a_stream_that_one_does_not_have(name):
+    model, (x, real) = model_of(name, dims={**DIMS, "vision": 1}).double(), clips()
+    x["vision"] = x["vision"][..., :1] * 0
+    assert model.losses(x, half_of(x), target_of(model.task), real)["total"].isfinite()
 
 
-@pytest.mark.parametrize("name", USES)
-def test_copied_alone_it_trains_by_its_docstring(tmp_path, name):
-    """The file in an empty folder, the lines of its docstring as they stand, after the batches that they ask for."""
-    batch, answer, shape = USES[name]
+def test_a_target_of_another_shape_is_refused(case):
+    """A column (N, 1), MMSA's form of a score, is taken."""
+    model, x, real, target = case
+    column = target.reshape(5, -1)
+    assert torch.equal(*(model.losses(x, x, t, real)["total"] for t in (target, column)))
+    for wrong in (target[:4], torch.cat((column, column), 1)):
+        message = f"target has shape {tuple(wrong.shape)}; these clips ask for {tuple(column.shape)}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            model.losses(x, x, wrong, real)
+
+
+MISTAKES = [("corrkd", "regression", {}, "not 'regression'"), ("umdf", "sentiment", {}, "not 'sentiment'"),
+            ("double_flow", "sentiment", {}, "not 'sentiment'"), ("double_flow", None, {"mia": "x"}, "x_t, z or off"),
+            ("corrkd", None, {"heads": 7}, "no multiple of"), ("umdf", None, {"heads": 7}, "no multiple of")]
+
+
+@pytest.mark.parametrize("name, task, changes, message", MISTAKES)
+def test_a_model_that_cannot_be_is_refused(name, task, changes, message):
+    with pytest.raises(ValueError, match=message):
+        model_of(name, task, **changes)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_stage_that_there_is_not_is_refused(name):
+    with pytest.raises(ValueError, match="no stage 'pretraining'"):
+        model_of(name).begin("pretraining")
+
+
+@pytest.mark.parametrize("name, module", METHODS.items())
+def test_the_opening_names_places_that_exist(name, module):
+    """Every equation in turn, and beside it the class, function or method that computes it."""
+    rows = re.findall(r"^  \((\d+)\).*?(\S+)$", re.sub(r"both_ways, ", "", module.__doc__), re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 10
+    for place in re.findall(r"  ((?:[A-Z]\w+\.)?[A-Za-z_]+)$", module.__doc__, re.M):
+        owner, _, member = place.partition(".")
+        assert hasattr(module, owner) and (not member or hasattr(getattr(module, owner), member)), place
+
+
+# method, the batch that its opening asks for, the name and shape of the last line's answer
+USES = [("corrkd", ("streams", "missing", "classes", "real"), "logits", (8, 2)),
+        ("umdf", ("streams", "missing", "y", "real"), "sentiment", (8, 1)),
+        ("double_flow", ("streams", "y", "real"), "sentiment", (8, 1))]
+
+
+@pytest.mark.parametrize("name, batch, answer, shape", USES)
+def test_copied_alone_it_trains_by_its_docstring(tmp_path, name, batch, answer, shape):
+    """The file in an empty folder, and the lines of its docstring as they stand."""
     shutil.copy(ROOT / f"{name}.py", tmp_path)
-    lines = re.search(r"Use in another code base.*?\n\n((    .*\n)+)", (ROOT / f"{name}.py").read_text())[1]
-    (tmp_path / "use.py").write_text(f"""
-import torch
-from {name} import *
-torch.manual_seed(0)
-widths = {{"text": 300, "audio": 74, "vision": 35}}
-streams = {{m: torch.randn(8, 6, d) for m, d in widths.items()}}
-missing = {{m: x * (torch.rand(8, 6, 1) < .5) for m, x in streams.items()}}
-real = {{m: torch.arange(6).expand(8, 6) < 5 for m in widths}}
-batches = [{batch}] * 3
-text, audio, vision = streams.values()
-{chr(10).join(line[4:] for line in lines.splitlines())}
-assert {answer}.shape == {shape} and {answer}.isfinite().all()
-print("trained")
-""")
-    done = subprocess.run([sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); exec(open('use.py').read())"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.strip() == "trained", done.stderr
+    names = runpy.run_path(str(tmp_path / f"{name}.py"))
+    lines = re.search(r"Use in another code base.*?\n\n((    .*\n)+)", names["__doc__"])[1]
+    streams = {m: torch.randn(8, 6, d) for m, d in {"text": 300, "audio": 74, "vision": 35}.items()}
+    given = {"streams": streams, "missing": half_of(streams), "y": torch.randn(8), "classes": torch.arange(8) % 2,
+             "real": {m: torch.arange(6).expand(8, 6) < 5 for m in streams}}
+    names |= {**streams, "real": given["real"], "batches": [tuple(given[part] for part in batch)] * 2}
+    exec(textwrap.dedent(lines), names)
+    assert names[answer].shape == shape and names[answer].isfinite().all()
 
 
-def test_method_files_need_torch_alone():
+def test_each_method_file_needs_torch_and_the_standard_library_alone():
     code = f"""import sys, torch
 sys.path.insert(0, {str(ROOT)!r})
-for name in ("umdf", "corrkd", "double_flow"):
+for name in {list(METHODS)}:
     before = set(sys.modules)
     __import__(name)
     print(*set(sys.modules) - before)
     del sys.modules[name]       # so that one that imports another is seen"""
-    for name, line in zip(("umdf", "corrkd", "double_flow"), program("-c", code, cwd="/").stdout.splitlines(), strict=True):
-        assert {m.split(".")[0] for m in line.split()} - set(sys.stdlib_module_names) - {"torch"} == {name}
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    for name, line in zip(METHODS, done.stdout.splitlines(), strict=True):
+        modules = {m.split(".")[0] for m in line.split()}
+        assert modules - set(sys.stdlib_module_names) - {"torch"} == {name}
