@@ -211,39 +211,34 @@ class Array:
 
     def __setstate__(self, state):
         _, shape, dtype, fortran, raw = state
-        self.fill(raw, dtype.dtype, shape, "F" if fortran else "C")
+        self.value = to_array(raw, dtype, shape, "F" if fortran else "C")
 
-    def fill(self, raw, dtype: np.dtype, shape: tuple, order: str) -> None:
-        count = len(raw) if dtype.hasobject else len(raw) / max(1, dtype.itemsize)
-        if min(shape, default=0) < 0 or math.prod(shape) != count:
-            shape = tuple(shape)
-            raise pickle.UnpicklingError(f"an array of shape {shape} comes with data for {count:g} values")
-        if dtype.hasobject:
-            value = np.empty(count, object)
-            for i, item in enumerate(raw):      # not [:]: numpy would unpack items that are lists
-                value[i] = item
-        else:
-            value = np.frombuffer(raw, dtype)
-        self.value = value.reshape(shape, order=order)
+
+def to_array(raw, dtype: DType, shape: tuple, order: str) -> np.ndarray:
+    """The array of these bytes, or of this list of objects."""
+    dtype = dtype.dtype
+    count = len(raw) if dtype.hasobject else len(raw) / max(1, dtype.itemsize)
+    if min(shape, default=0) < 0 or math.prod(shape) != count:
+        shape = tuple(shape)
+        raise pickle.UnpicklingError(f"an array of shape {shape} comes with data for {count:g} values")
+    if dtype.hasobject:
+        array = np.empty(count, object)
+        for i, item in enumerate(raw):          # not [:]: numpy would unpack items that are lists
+            array[i] = item
+    else:
+        array = np.frombuffer(raw, dtype)
+    return array.reshape(shape, order=order)
 
 
 class Unpickler(pickle.Unpickler):
     """Builds numpy arrays and plain containers; whatever else a pickle asks for is refused, by name."""
 
     def find_class(self, module, name):
-        def from_buffer(raw, dtype, shape, order):      # protocol 5
-            array = Array()
-            array.fill(raw, dtype.dtype, shape, order)
-            return array
-
-        def scalar(dtype, raw=b""):
-            return from_buffer(raw, dtype, (1,), "C").value[0]
-
-        # Made anew for each request: a pickle may set attributes of what it is given.
+        # Functions made anew for each request: a pickle may set attributes of what it is given.
         allowed = {
             "numpy.core.multiarray._reconstruct": lambda *_: Array(),
-            "numpy.core.multiarray.scalar": scalar,
-            "numpy.core.numeric._frombuffer": from_buffer,
+            "numpy.core.multiarray.scalar": lambda dtype, raw=b"": to_array(raw, dtype, (1,), "C")[0],
+            "numpy.core.numeric._frombuffer": lambda *arguments: to_array(*arguments),      # protocol 5
             "numpy.ndarray": "ndarray",
             "numpy.dtype": DType,
             "_codecs.encode": lambda text, *_: text.encode("latin1"),       # bytes in protocols 0 to 2
@@ -276,12 +271,8 @@ def plain(value):
 
 
 def by_name(fields: dict) -> dict:
-    """The dict with its keys as text: Python 2 wrote bytes. Another key is shown by its type alone."""
-    result = {}
-    for key, value in fields.items():
-        name = to_text(key) if isinstance(key, (str, bytes)) else type(key).__name__
-        result[name] = value
-    return result
+    """The dict with its keys as text: Python 2 wrote bytes."""
+    return {to_text(key): value for key, value in fields.items()}
 
 
 def describe(value) -> str:
@@ -426,8 +417,7 @@ def read_lengths(fields: dict, name: str, where: str, count: int, longest: int) 
         length = np.array(fields.get(key, [0] * count), dtype=np.float64)
     whole = (length == np.rint(length)) & (0 <= length) & (length <= longest)
     if length.shape not in ((count,), (count, 1)) or not whole.all():
-        problem = f"of shape {length.shape}" if whole.all() else f"{length[~whole].flat[0]:g} among them"
-        raise DataError(f"{where}: '{key}' is not {expected}: {problem}.")
+        raise DataError(f"{where}: '{key}' is not {expected}.")
     return torch.from_numpy(length.reshape(count)).long()
 
 
@@ -568,16 +558,17 @@ class Frames:
     device = "cpu"
 
     def __init__(self, name: str, folder: Path, ids: list[str]):
-        self.name, self.folder, self.ids, lengths, widths = name, folder, ids, [], set()
+        self.name, self.folder, self.ids = name, folder, ids
+        lengths, width = [], None
         for clip in ids:
             files = frame_files(folder, clip)
             if not files:
                 raise DataError(f"--features {name}={folder} has no {clip}.npy and no folder {clip} of .npy files.")
-            frames, width = open_npy(files[0]).shape
+            frames, features = open_npy(files[0]).shape
+            if width not in (None, features):
+                raise DataError(f"{files[0]} has {features} features a frame, the clips before it {width}.")
+            width = features
             lengths.append(frames if len(files) == 1 else len(files))
-            widths.add(width)
-            if len(widths) > 1:
-                raise DataError(f"{files[0]} has {width} features a frame, the clips before it have not.")
         self.length, self.width = torch.tensor(lengths), width
 
     @property
@@ -762,10 +753,9 @@ def content_notes(dataset: str, result: dict) -> list[str]:
     notes = []
     for s, split in result.items():
         if split["lacking"]:
-            sets = [c for c in SETS if c not in answerable(SETS, split["lacking"])]
-            names = " ".join("{" + ",".join(c) + "}" for c in sets)
-            notes.append(f"{s} has no frame of {' and '.join(split['lacking'])}: {names} are not answered and count in "
-                         "no average; {l,a,v} is all that there is")
+            names = " and no ".join(split["lacking"])
+            notes.append(f"{s} has no {names}: sets with it are not answered and count in no average; {{l,a,v}} is "
+                         "all that there is")
     labels = [split["label"] for split in result.values() if split["label"] is not None]
     if dataset != "iemocap" and labels and all(label.abs().max() <= 1 for label in labels):
         notes.append("all labels lie within [-1, 1]: Acc-7, which is of [-3, 3], means nothing")
@@ -801,7 +791,8 @@ def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "v
     stats: an earlier load's, in the place of the training split's own. limit: only the first clips of each split.
     features (stream -> folder) and labels: clips are read batch by batch, as they are, so normalize must be off.
     The file must hold `splits` alone; where train is asked for, train and valid must have labels. Memory peaks at the
-    file plus the float32 size of the features asked for. DataError for whatever is wrong with the files.
+    file plus the float32 size of the features asked for (pickles of protocol 3 and later). DataError for whatever is
+    wrong with the files.
     """
     if features and (normalize or dataset == "iemocap" or labels is None):
         raise DataError("--features needs --labels FILE, Double-Flow's label_official.npz, and holds sentiment "
@@ -855,8 +846,7 @@ def comparison(run: dict, source: dict, widths: dict) -> tuple[bool, str]:
     if sizes[2] != standard[2]:
         reasons.append(f"{sizes[2]} test clips are not the {standard[2]} of {run['dataset']}'s standard split")
     if dims["text"] != widths["text"]:
-        bert = ", as from BERT" if dims["text"] == 768 else ""
-        reasons.append(f"text is {dims['text']} wide{bert}, not {widths['text']}")
+        reasons.append(f"text is {dims['text']} wide, not {widths['text']}")
     if reasons:
         return False, "nothing is compared with the paper: " + "; ".join(reasons)
     for split, n, expected in zip(SPLITS, sizes, standard):
@@ -1036,9 +1026,8 @@ def check(path: Path) -> None:
             say(f"    {m:6s} {tuple(split[m].shape)} {split['details'][m]}; real frames: mean {n.mean():.1f}, "
                 f"most {n.max():.0f}; clips of zeros alone: {empty}")
         if split["label"] is not None:
-            y = split["label"].reshape(len(split["label"]), -1)     # a sentiment, or four emotions
-            means = ", ".join(f"{mean:.3f}" for mean in y.mean(0))
-            say(f"    labels: {y.min():.1f} to {y.max():.1f}, mean {means}; zero: {int((y == 0).all(1).sum())}")
+            y = split["label"]
+            say(f"    labels: {y.min():.1f} to {y.max():.1f}, mean {y.mean(0).tolist()}")
     _, text = comparison({**loaded, "limit": None}, source, GLOVE)
     say(f"  CorrKD, UMDF: {text or 'the features and splits of the papers'}")
     for note in source["notes"]:

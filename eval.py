@@ -187,8 +187,8 @@ def predict_under(model, split: dict, masks: dict, size: int = 256) -> dict:
             else:
                 h = model.represent(hide(streams, present, index), real)
             outputs[name].append(model.classify(h))
-    back = order.argsort()      # where each clip of the split stands in `order`
-    return {name: torch.cat(parts).cpu()[back] for name, parts in outputs.items()}
+    place = order.argsort()     # where each clip of the split stands in `order`
+    return {name: torch.cat(parts).cpu()[place] for name, parts in outputs.items()}
 
 
 def predict(model, split: dict, conditions, split_name: str, mask_seed: int = 0, size: int = 256) -> dict:
@@ -497,20 +497,22 @@ def evaluate_run(folder: Path, checkpoint: dict, loaded: dict, args, device) -> 
 
 # ---------------------------------------------------------------------------------- tables
 
-def check_group(folder: Path, runs: list[dict]) -> None:
-    """A DataError if runs in one folder differ in more than their seed, or not even in that."""
-    entries = []
-    for result in runs:
-        run = result["run"]
-        entries.append({**run, **run["config"], "evaluated file": result["data"]["sha256"]})
+def check_group(folder: Path, records: list[dict]) -> None:
+    """A DataError if runs in one folder (their records) differ in more than their seed, or not even in that."""
+    entries = [{**run, **run["config"]} for run in records]
     for other in entries[1:]:
         differ = [name for name in entries[0] if other.get(name) != entries[0][name]]
         differ = [name for name in differ if name not in ("seed", "config")]
         if differ:
             raise DataError(f"The runs in {folder} are not seeds of one run: they differ in "
                             f"{', '.join(differ)}. Evaluate them one by one.")
-    if len({entry["seed"] for entry in entries}) < len(runs):
+    if len({entry["seed"] for entry in entries}) < len(entries):
         raise DataError(f"Two runs in {folder} have the same seed: name only one of them.")
+
+
+def group_name(run: dict) -> str:
+    """What a group of runs is called: its method and ablation."""
+    return f"{run['method']} {run['ablation']}".strip()
 
 
 def make_tables(groups: dict) -> list[dict]:
@@ -521,7 +523,7 @@ def make_tables(groups: dict) -> list[dict]:
         run, source = runs[0]["run"], runs[0]["data"]
         key = run["dataset"], run["limit"], run["normalize"], str(run["data"]), source["sha256"]
         table = tables.setdefault(key, {})
-        name = f"{run['method']} {run['ablation']}".strip()
+        name = group_name(run)
         if name in table:
             name = data.printable(f"{name} [{folder}]", 300)
         table[name] = runs
@@ -580,25 +582,22 @@ def make_rows(table: dict, reference: str | None, rates: list[float]) -> dict:
     """Every number of the tables on one data set: (metric, kind, name) -> column -> seed -> number.
     Kinds: "ours"; "paper" and "difference" to it; "paired", the difference to the reference or to the
     linear baseline, seed by seed; "constant" and "linear", one for each task; "realised"."""
-    if reference and reference not in table:
-        raise DataError(f"--reference {reference}: the runs are of {', '.join(table)}.")
     rows = {}
     for metric in METRICS:
+        ours = {name: by_seed(runs, "conditions", metric, rates) for name, runs in table.items()}
+        for name in table:
+            rows[metric, "ours", name] = ours[name]
         for name, runs in table.items():
-            rows[metric, "ours", name] = by_seed(runs, "conditions", metric, rates)
-        for name, runs in table.items():
-            ours = rows[metric, "ours", name]
-            paper = reported(runs, metric, ours)
+            paper = reported(runs, metric, ours[name])
             rows[metric, "paper", name] = paper
-            rows[metric, "difference", name] = subtract(ours, paper)
+            rows[metric, "difference", name] = subtract(ours[name], paper)
             against = reference or runs[0]["run"]["method"]
             if against != name:
-                other = rows.get((metric, "ours", against), {})
-                rows[metric, "paired", f"{name} - {against}"] = subtract(ours, other)
+                rows[metric, "paired", f"{name} - {against}"] = subtract(ours[name], ours.get(against, {}))
             linear = by_seed(runs, "linear", metric, rates)
-            rows[metric, "paired", f"{name} - linear"] = subtract(ours, linear)
+            rows[metric, "paired", f"{name} - linear"] = subtract(ours[name], linear)
         for kind in ("constant", "linear"):
-            for runs in table.values():
+            for runs in table.values():         # the same for every run of a task
                 rows[metric, kind, runs[0]["run"]["task"]] = by_seed(runs[:1], kind, metric, rates)
     results = next(iter(table.values()))[0]["conditions"]
     realised = {}
@@ -618,8 +617,8 @@ def tell(line: str = "") -> None:
 
 
 def summary(kind: str, numbers: dict) -> tuple[float, float | None, int | None]:
-    """Mean, sample standard deviation and n of seed -> number; the last two None where seeds make no
-    difference."""
+    """Mean, sample standard deviation and n of seed -> number. The last two are None of baselines and of the
+    paper, and of the difference to it, which varies just as ours does."""
     values = list(numbers.values())
     if kind not in ("ours", "paired"):
         return statistics.fmean(values), None, None
@@ -642,9 +641,10 @@ def show_table(title: str, rows: dict, metrics: list[str], titles: dict) -> None
     for (metric, kind, name), row in rows.items():
         if metric not in metrics or not set(row) & set(titles):
             continue
-        n = summary(kind, next(iter(row.values())))[2]
         labels = {"paper": f"{name}, paper", "difference": f"{name} - paper", "realised": "realised rate"}
-        label = f"{name} (n={n})" if n else labels.get(kind, f"{kind}, {name}")
+        label = labels.get(kind, f"{kind}, {name}")
+        if kind in ("ours", "paired"):
+            label = f"{name} (n={len(next(iter(row.values())))})"
         texts = [cell(metric, kind, row[c]) if c in row else "-" for c in titles]
         lines.append([f"{metric} {label}".strip(), *texts])
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -754,7 +754,6 @@ def plot(path: Path, tables: list[tuple], args) -> None:
 def draw(axis, table: dict, rows: dict, metric: str, args) -> None:
     """Curves over the share of dropped frames: a line for each group, a band of one standard deviation
     over the seeds, a star for the paper's number, the baselines in grey."""
-    axis.set_prop_cycle(color=COLORS)
     for (row_metric, kind, name), row in rows.items():
         if row_metric != metric or kind not in ("ours", "constant", "linear"):
             continue
@@ -764,8 +763,8 @@ def draw(axis, table: dict, rows: dict, metric: str, args) -> None:
             style = ":" if kind == "constant" else "--"
             axis.plot(args.rates, mean, style, color="grey", label=f"{kind}, {name}")
             continue
-        line, = axis.plot(args.rates, mean, "o-", label=f"{name} (n={seeds})")
-        color = line.get_color()
+        color = COLORS[list(table).index(name) % len(COLORS)]       # the same in every panel
+        axis.plot(args.rates, mean, "o-", color=color, label=f"{name} (n={seeds})")
         if seeds > 1:
             spread = values.std(1, ddof=1)
             axis.fill_between(args.rates, mean - spread, mean + spread, color=color, alpha=.15)
@@ -823,20 +822,27 @@ def evaluate_all(args) -> None:
     folders = run_folders(args.runs)
     check_outputs(args, folders)
     device = device_named(args.device)
-    groups, loaded, loaded_for = {}, None, None
+    checkpoints, records = {}, {}
     for folder in folders:
-        path = folder / "model.pt"
-        checkpoint = read_checkpoint(path, ("run", "load", "stats", "linear", "epoch", "model"))
+        keys = ("run", "load", "stats", "linear", "epoch", "model")
+        checkpoints[folder] = read_checkpoint(folder / "model.pt", keys)
+        records.setdefault(folder.parent, []).append(checkpoints[folder]["run"])
+    for folder, runs in records.items():
+        check_group(folder, runs)
+    names = {group_name(runs[0]) for runs in records.values()}
+    if args.reference and args.reference not in names:
+        raise DataError(f"--reference {args.reference}: the runs are of {', '.join(sorted(names))}.")
+
+    groups, loaded, loaded_for = {}, None, None
+    for folder, checkpoint in checkpoints.items():
         run = checkpoint["run"]
-        wanted = [checkpoint["load"], *(run[key] for key in ("dataset", "limit", "normalize", "data"))]
-        if wanted != loaded_for:        # seeds and ablations share their data
-            with data.reading(path, "It does not say which data it is for: train it again."):
-                loaded, loaded_for = load_split(checkpoint, args, device), wanted
+        data_key = [checkpoint["load"], *(run[key] for key in ("dataset", "limit", "normalize", "data"))]
+        if data_key != loaded_for:      # seeds and ablations share their data
+            with data.reading(folder / "model.pt", "It does not say which data it is for: train it again."):
+                loaded, loaded_for = load_split(checkpoint, args, device), data_key
         result = evaluate_run(folder, checkpoint, loaded, args, device)
         if result:
             groups.setdefault(folder.parent, []).append(result)
-    for folder, runs in groups.items():
-        check_group(folder, runs)
     tables = [(table, make_rows(table, args.reference, args.rates)) for table in make_tables(groups)]
     for table, rows in tables:
         show(table, rows, args)

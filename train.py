@@ -5,7 +5,7 @@
     python train.py --method corrkd --dataset mosi --synthetic --limit 64 --epochs 1 --seeds 1 --out look
 
 Each stage of a method ends with the epoch that is best on validation. An interrupted run goes on by the same
-command, to the same numbers. A run is a folder, <out>/<dataset>[-synthetic]/<method>[-<ablation>]/s<seed>/, with
+command, on the same machine to the same numbers (on CUDA with --deterministic). A run is a folder, <out>/<dataset>[-synthetic]/<method>[-<ablation>]/s<seed>/, with
 
     config.json   what the run is, and the command, code and machine that began it
     log.jsonl     one line an epoch: its loss terms, its numbers on validation, the best epoch so far
@@ -105,7 +105,7 @@ def check_arguments(args, refuse) -> None:
                  "official": ("ablate", "seeds", "epochs", "batch_size", "lr", "no_resume", "limit")}
     for flag, others in exclusive.items():
         for other in others:
-            if vars(args)[flag] and vars(args)[other] not in (None, False):
+            if vars(args)[flag] and vars(args)[other]:
                 refuse(f"--{flag} and --{other.replace('_', '-')} exclude each other")
     if bool(args.features) != bool(args.labels):
         refuse("--features and --labels belong together")
@@ -185,7 +185,7 @@ def machine(device: torch.device) -> dict:
 
 
 def introduce(run: dict, loaded: dict, device: torch.device) -> None:
-    """Print what is about to run, so that a log answers every later question."""
+    """Print what is about to run, on which data and by which code. `run`: the first of the runs."""
     module, source, computer = METHODS[run["method"]], loaded["source"], machine(device)
     config = module.Config(**run["config"])
     model = module.Model(run["dims"], run["task"], config)
@@ -223,8 +223,8 @@ def save_json(path: Path, lines: list, indent=None) -> None:
 
 
 def begin_folder(folder: Path, run: dict, load: dict, device) -> None:
-    """Before the first epoch of a run is saved, and not earlier: a run that is started over and stopped at once has
-    lost nothing. What an earlier run left here goes, and what a killed process left half-written."""
+    """Remove what an earlier run left here, and what a killed process left half-written, and write config.json. This
+    comes after the first epoch: a run that is started over and stopped at once has lost nothing."""
     for name in ("last.pt", "model.pt", "log.jsonl", "results.json", "predictions.csv"):
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob("*.tmp"):
@@ -233,7 +233,9 @@ def begin_folder(folder: Path, run: dict, load: dict, device) -> None:
 
 
 def save_state(folder: Path, state: dict) -> None:
-    """last.pt, which alone decides where a run goes on, and log.jsonl, which repeats its history."""
+    """last.pt, which alone decides where a run goes on, and log.jsonl, which repeats its history. Going on is exact:
+    only whole epochs are saved; batches, masks and dropout start anew from seed, stage and epoch; validation masks
+    are fixed, the learning rate follows from the epoch, and the frozen teacher's outputs from its weights."""
     save(folder / "last.pt", state)
     save_json(folder / "log.jsonl", state["history"])
 
@@ -252,10 +254,8 @@ def restore(folder: Path, run: dict) -> dict | None:
         return None
     state = read_checkpoint(path, LAST)
     if state["run"] != run:
-        differ = [name for name in run if run[name] != state["run"].get(name)]
-        if "config" in differ:
-            differ += [name for name in run["config"] if run["config"][name] != state["run"]["config"].get(name)]
-            differ.remove("config")
+        new, old = {**run, **run["config"]}, {**state["run"], **state["run"]["config"]}
+        differ = [name for name in new if name != "config" and new[name] != old.get(name)]
         raise DataError(f"{folder} holds a run of another configuration (it differs in {', '.join(differ)}). "
                         "Name another folder with --out, or start over with --no-resume.")
     return state
@@ -263,11 +263,11 @@ def restore(folder: Path, run: dict) -> dict | None:
 
 # ---------------------------------------------------------------------------------- training
 
-def seed_epoch(seed: int, stage: int, epoch: int) -> torch.Generator:
+def seed_epoch(seed: int, stages_left: int, epoch: int) -> torch.Generator:
     """Seed dropout, and return the generator of batches and masks. They depend on these three numbers alone, so
-    a run that was stopped goes on with the same ones. The stage is counted from the end: the last stage of every
-    ablation sees the same batches and masks."""
-    number = zlib.crc32(f"{seed}/{stage}/{epoch}".encode())
+    a run that was stopped goes on with the same ones. Stages are counted from the end, so that the last stage of
+    every ablation sees the same batches and masks."""
+    number = zlib.crc32(f"{seed}/{stages_left}/{epoch}".encode())
     torch.manual_seed(number)
     return torch.Generator().manual_seed(number)
 
@@ -294,10 +294,9 @@ def train_epoch(model, optimizer, split: dict, index, truth, teacher, config, ge
     parameters = optimizer.param_groups[0]["params"]
     real = {m: split["real"][m][index] for m in data.STREAMS}
     order = data.batches(real, torch.arange(len(index)), config.batch_size, generator)
-    history = []
+    step_losses = []
     for rows in tqdm(order, desc=name, unit="step", leave=False, disable=None):
         complete, missing, real = data.batch(split, index[rows], generator)
-        rows = rows.to(truth.device)
         stored = None if teacher is None else [output[rows] for output in teacher]
         terms = model.losses(complete, missing, truth[rows], real, stored)
         optimizer.zero_grad()
@@ -305,11 +304,14 @@ def train_epoch(model, optimizer, split: dict, index, truth, teacher, config, ge
         if config.clip:
             torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
-        history.append(torch.stack([term.detach() for term in terms.values()]))
-    values = torch.stack(history).double().cpu()        # (steps, terms); the device is waited for only here
-    for step, term in (~values.isfinite()).nonzero()[:1].tolist():
+        step_losses.append(torch.stack([term.detach() for term in terms.values()]))
+    values = torch.stack(step_losses).double().cpu()    # (steps, terms); the device is waited for only here
+    broken = (~values.isfinite()).nonzero()
+    if len(broken):
+        step, term = broken[0].tolist()
         raise DataError(f"{name}, step {step + 1}: the loss term '{list(terms)[term]}' is not finite. "
                         "Try a lower --lr, and look at the features with python data.py check.")
+    # The last batch is smaller: every clip counts once, not every step.
     share = torch.tensor([len(rows) for rows in order], dtype=torch.float64) / len(index)
     return dict(zip(terms, (share @ values).tolist()))
 
@@ -337,7 +339,7 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
         if state["epoch"]:
             optimizer.load_state_dict(state["optimizer"])
         teacher = teacher_rows(model, loaded["train"], index)
-        sets = data.answerable(model.stages[stage], run["lacking"])     # what the stage is about, and chooses by
+        sets = data.answerable(model.stages[stage], run["lacking"])     # the best epoch is chosen on these
 
         for epoch in range(state["epoch"], config.epochs):
             began, name = time.perf_counter(), f"{stage} {epoch + 1}/{config.epochs}"
@@ -355,9 +357,9 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
             state = {"run": run, "stage": number, "epoch": epoch + 1, "finished": last and epoch + 1 == config.epochs,
                      "best": state["best"], "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                      "history": [*state["history"], line]}
-            if len(state["history"]) == 1:
+            if number == 0 and epoch == 0:
                 begin_folder(folder, run, load, device)
-            if last and better:
+            if last and better:     # before last.pt: a run that is stopped in between repeats this epoch
                 save_model(folder, state, loaded, load, linear)
             save_state(folder, state)
             say(f"{name}  {loss_text(losses)}  {valid_text(valid)}{', the best' if better else ''}  "
