@@ -436,16 +436,11 @@ def spans(nonzero: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, to
     return start, torch.where(back, length, stop)
 
 
-def shift(x: torch.Tensor, start: torch.Tensor, real: torch.Tensor) -> None:
-    """In place: each clip of x (N, T, d) begins at position 0 instead of `start` (N,); zero where not `real` (N, T)."""
-    frames = torch.arange(x.shape[1])
-    for i in range(0, len(x), CHUNK):
-        if not start[i:i + CHUNK].any():
-            continue
-        part = x[i:i + CHUNK]
-        source = (frames + start[i:i + CHUNK, None]).clamp(max=len(frames) - 1)
-        moved = part.gather(1, source[..., None].expand_as(part))
-        part.copy_(moved * real[i:i + CHUNK, :, None])
+def shift(x: torch.Tensor, start: torch.Tensor) -> None:
+    """In place: each clip of x (N, T, d) begins at position 0 instead of `start` (N,). What stands before it is zero
+    and comes to stand behind."""
+    for i in start.nonzero()[:, 0].tolist():
+        x[i] = x[i].roll(-int(start[i]), 0)
 
 
 def count_clips(fields: dict, names: list, where: str, label: torch.Tensor | None, ids: list) -> int:
@@ -483,7 +478,7 @@ def tensors(fields: dict, dataset: str, where: str, limit: int | None = None, ne
     for m in names:
         start, stop = spans(nonzero[m], lengths[m])
         split["real"][m] = torch.arange(split[m].shape[1]) < (stop - start)[:, None]
-        shift(split[m], start, split["real"][m])
+        shift(split[m], start)
     return split
 
 
