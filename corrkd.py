@@ -228,6 +228,8 @@ class Network(nn.Module):
     def represent(self, streams: Streams, real: Masks) -> Tensor:
         """H (B, 3d) of (2)."""
         check_names(streams, "streams")
+        if real is not None:
+            check_names(real, "real")
         return torch.cat([self.encoders[m](streams[m], real and real[m]) for m in STREAMS], dim=-1)
 
     def forward(self, streams: Streams, real: Masks) -> tuple[Tensor, Tensor]:
@@ -272,7 +274,8 @@ def prototype_consistency(student: Tensor, teacher: Tensor, labels: Tensor, num_
         return F.normalize(h, dim=-1) @ F.normalize(prototypes, dim=-1).T
 
     # An absent class has the prototype 0, hence similarity 0 in both networks: it is only not counted.
-    difference = similarity(student) - similarity(teacher)
+    with torch.autocast(student.device.type, enabled=False):            # which would multiply in half precision
+        difference = similarity(student) - similarity(teacher)
     return difference.square().sum() / (len(labels) * (count > 0).sum())
 
 
@@ -286,7 +289,7 @@ def jsd_mutual_information(critic: nn.Module, a: Tensor, b: Tensor) -> Tensor:
     if n == 1:
         return a.new_zeros(())
     pairs = torch.cat((a[:, None].expand(n, n, -1), b[None].expand(n, n, -1)), dim=-1)
-    score = critic(pairs)[..., 0]                                       # T(a_i, b_j) (N, N)
+    score = full_precision(critic(pairs)[..., 0])                       # T(a_i, b_j) (N, N)
     itself = torch.eye(n, dtype=torch.bool, device=a.device)
     apart = F.softplus(score).masked_fill(itself, 0)
     return -F.softplus(-score.diagonal()).mean() - apart.sum() / (n * (n - 1))
@@ -315,6 +318,8 @@ class CorrKD(nn.Module):
             raise ValueError(f"CorrKD's task must be one of {', '.join(DECISIONS)}, not {task!r}")
         if config.width % config.heads or config.width % 2:
             raise ValueError(f"width {config.width} is not even or no multiple of heads ({config.heads})")
+        if classes < 2:
+            raise ValueError(f"classes must be 2 or more, not {classes}")
         self.config, self.task, self.classes = config, task, classes
         outputs = DECISIONS[task] * classes
         self.teacher = Network(dims, outputs, config)
@@ -410,7 +415,7 @@ class CorrKD(nn.Module):
         teacher = teacher or self.teacher_outputs(complete, real)
         if teacher is None:
             return {**terms, "total": terms["task"]}
-        h_t, f_t = teacher
+        h_t, f_t = (output.detach() for output in teacher)
         f_t = f_t.unflatten(-1, (-1, self.classes))
         if c.scd:
             terms["scd"] = sample_contrastive(h, h_t, c.margin, not c.scd_raw)

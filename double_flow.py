@@ -200,6 +200,8 @@ def masks_of(streams: Streams, real: Masks) -> Streams:
     """real as bool masks of these streams, all True where it is None."""
     if real is None:
         return {m: torch.ones_like(x[..., 0]).bool() for m, x in streams.items()}
+    if lacks := set(streams) - set(real):
+        raise ValueError(f"real has no mask of {', '.join(lacks)}")
     return {m: real[m].bool() for m in streams}
 
 
@@ -327,6 +329,8 @@ class DoubleFlow(nn.Module):
         if dims.get("simulated_text", dims["text"]) != dims["text"]:
             raise ValueError(f"simulated text has {dims['simulated_text']} features, not the "
                              f"{dims['text']} of text")
+        if classes < 2:
+            raise ValueError(f"classes must be 2 or more, not {classes}")
         self.config, self.task, self.classes = config, task, classes
         d = 256
         outputs = 1 if task == "regression" else DECISIONS[task] * classes

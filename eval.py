@@ -416,7 +416,7 @@ def load_split(checkpoint: dict, args, device) -> dict:
         load.update(data_dir=args.data_dir, synthetic=False, features=None, labels=None)
     loaded = data.load(
         run["dataset"], splits=(args.split,), device=device, normalize=run["normalize"],
-        stats=checkpoint["stats"], limit=run["limit"], **load)
+        stats=checkpoint["stats"], limit=None if args.data_dir else run["limit"], **load)
     file = loaded["source"]["file"]
     if loaded["dims"] != run["dims"]:
         raise DataError(f"{file} has widths {loaded['dims']}, the run was trained on {run['dims']}.")
@@ -470,7 +470,9 @@ def evaluate_run(folder: Path, checkpoint: dict, loaded: dict, args, device) -> 
     outputs = predict(model, *how)
     write_csv(folder / "predictions.csv", prediction_lines(task, split, outputs))
     if not labelled(split):
-        tell(f"{folder}: the {args.split} split has no labels, so no table; the answers are in predictions.csv")
+        (folder / "results.json").unlink(missing_ok=True)       # of an earlier evaluation
+        tell(f"{folder}: the {args.split} split has no labels, or 0 for all, so there is nothing to measure; the "
+             f"answers to its {len(split['real']['text'])} clips are in predictions.csv")
         return None
     results = measure(task, split, outputs, args.split, args.mask_seed)
     truth = targets(split["label"], task)[1].cpu().numpy()

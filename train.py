@@ -13,10 +13,11 @@ command, on the same machine to the same numbers (on CUDA with --deterministic).
     model.pt      the result, a dict of tensors and plain values that torch.load(path, weights_only=True) reads:
                     run     what the run is: method, data set, task, ablation, seed, config, widths of the streams, ...
                     load    the arguments of data.load that find its data again
-                    stats   stream -> (mean, deviation) that standardise its features; None: they are used as they are
+                    stats   stream -> (mean, deviation): a frame that is not all zeros becomes (x - mean) / deviation,
+                            clipped to [-5, 5]; frames of zeros stay. None: the features are used as they are
                     linear  weight and bias of the linear baseline, or None
-                    epoch   the epoch of the last stage whose weights these are
-                    model   the weights
+                    epoch   the epoch of the last stage whose weights these are; None with --official
+                    model   the weights, of CorrKD those of teacher, student and critics
 
 Runs are independent of each other, so the shell runs several side by side, and a cluster many:
 
@@ -131,7 +132,11 @@ def check_arguments(args, refuse) -> None:
     args.ablate = list(dict.fromkeys(args.ablate or [""]))
     args.seeds = list(dict.fromkeys(args.seeds or [1111, 1112, 1113, 1114, 1115]))
     args.normalize = not (args.no_normalize or args.features)
-    args.data_dir = args.data_dir or "data"
+    # Absolute, so that eval.py finds the data again from any folder.
+    args.data_dir = os.path.abspath(args.data_dir or "data")
+    if args.features:
+        args.features = {name: os.path.abspath(folder) for name, folder in args.features.items()}
+        args.labels = os.path.abspath(args.labels)
     args.max_frames = args.max_frames or data.MAX_FRAMES
 
 

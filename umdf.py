@@ -256,6 +256,8 @@ class UMDF(nn.Module):
             raise ValueError(f"UMDF: task must be one of {', '.join(DECISIONS)}, not {task!r}")
         if config.width % config.heads or config.width % 2:
             raise ValueError(f"width {config.width} is not even or no multiple of heads ({config.heads})")
+        if classes < 2:
+            raise ValueError(f"classes must be 2 or more, not {classes}")
         self.config, self.task, self.classes = config, task, classes
         d, joint = config.width, 3 * config.width
         outputs = 1 if task == "regression" else DECISIONS[task] * classes
@@ -310,6 +312,8 @@ class UMDF(nn.Module):
     def represent(self, streams: Streams, real: Masks = None) -> Tensor:
         """H (B, 3d), (1) to (6)."""
         check_names(streams, "streams")
+        if real is not None:
+            check_names(real, "real")
         lengths = [streams[m].shape[1] for m in STREAMS]
         if self.config.aligned and len(set(lengths)) > 1:
             raise ValueError(f"streams of {lengths} frames are not aligned: use Config(aligned=False)")
@@ -340,9 +344,11 @@ class UMDF(nn.Module):
         regression, classes (B,) for polarity, (B, 4) for emotions. There is no teacher.
         """
         c = self.config
-        check_names(complete, "streams")
+        check_names(complete, "complete")
+        check_names(missing, "missing")
         both = {m: torch.cat((complete[m], missing[m])) for m in STREAMS}   # (2B, T_m, d_m)
         if real is not None:
+            check_names(real, "real")
             real = {m: torch.cat((real[m], real[m])) for m in STREAMS}
         h = self.represent(both, real)
         h_c, h_m = h.chunk(2)

@@ -408,8 +408,8 @@ def test_answers_that_are_not_finite_are_told_with_the_epoch(tmp_path, capsys):
 
 
 MISTAKES = {
-    "no data": ([], "No file of mosi in data"),
-    "no file in it": (["--data-dir", "empty"], "No file of mosi in empty"),
+    "no data": ([], "No file of mosi in "),
+    "no file in it": (["--data-dir", "empty"], "empty: looked for"),
     "no such folder": (["--data-dir", "gone"], "gone"),
     "damaged data": (["--data-dir", "bad.pkl"], "bad.pkl"),
     "unknown ablation": (["--synthetic", "--ablate", "no_sdc"], "no_sdc: corrkd has no_scd"),
