@@ -359,10 +359,12 @@ class UMDF(nn.Module):
             raise ValueError(f"target has shape {tuple(target.shape)}; these clips ask for {shape}")
         terms = {"task_complete": self.task_loss(y_c, y), "task_missing": self.task_loss(y_m, y)}
         if c.rep:
-            # (8): both representations are pulled together.
+            # (8). Measured on MOSI (text and audio): it is met mostly by shrinking H, whose variance ends a fifth
+            # of that without rep, while the distance relative to it falls by a tenth.
             terms["rep"] = both_ways(F.mse_loss, h_c, h_m, c.to_missing, c.to_complete)
         if c.resp:
-            # (9): so are both answers.
+            # (9). There it gives over nine tenths of the distillation's gradient, and turns against the task's
+            # (cosine down to -.6): it also pulls the complete answer to the one that knows less.
             distance = F.mse_loss if self.task == "regression" else divergence
             terms["resp"] = both_ways(distance, y_c, y_m, c.to_missing, c.to_complete)
         weights = {"task_complete": 1.0, "task_missing": 1.0, "rep": c.rep, "resp": c.resp}

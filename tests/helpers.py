@@ -1,20 +1,15 @@
-"""What several test files share: small made-up data, runs in process, programs as programs."""
+"""What several test files share: small made-up data, and runs in process."""
 import json
 import pickle
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import double_flow
 import train
 from data import SPLITS
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data"        # an optional folder of extra real data
 WIDTHS = {"text": 6, "audio": 4, "vision": 3}
 
 
@@ -85,6 +80,13 @@ def feature_folders(root, sizes=(12, 6, 6), longest=9, seed=0):
     return made, truth, corpus
 
 
+def feature_arguments(root):
+    """The flags of train.py for feature folders under root."""
+    made, *_ = feature_folders(root, sizes=(24, 8, 8))
+    folders = [f"{name}={folder}" for name, folder in made["features"].items()]
+    return ["--dataset", "mosei", "--features", *folders, "--labels", made["labels"]]
+
+
 def learnable(**changes):
     """A small pickle whose text tells the label; 40 clips a split, unless changed."""
     made = content(**{"n": 40, **changes})
@@ -118,25 +120,5 @@ def parameters(folder, name="mosi/corrkd/s1"):
     return torch.load(folder / "runs" / name / "model.pt", weights_only=True)["model"]
 
 
-def official_names(model):
-    """Double-Flow's weights under the names of the official code."""
-    def name(key):
-        prefix = max((p for p in double_flow.OFFICIAL if key.startswith(p)), key=len)
-        return double_flow.OFFICIAL[prefix] + key.removeprefix(prefix)
-    return {name(k): v for k, v in model.state_dict().items()}
-
-
 def equal(a, b):
     return all(torch.equal(a[k], b[k]) for k in a | b)
-
-
-def program(*arguments, **more):
-    """A program as a user runs it, and what it leaves: return code, and output unless `more` sends it elsewhere."""
-    more = {"capture_output": "stdout" not in more, "text": True, **more}
-    return subprocess.run([sys.executable, *map(str, arguments)], **more)
-
-
-def begun(*arguments, cwd):
-    """The program, not waited for. Ctrl-C reaches it even where a shell runs the tests in the background."""
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))

@@ -42,13 +42,9 @@ def test_sample_contrastive_is_equation_4(margin):
             if i != j:
                 expected += max(0.0, margin - math.dist(s[i], t[j])) ** 2 / 30
     assert corrkd.sample_contrastive(s, t, margin, normalize=False).item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_sample_contrastive_brings_its_vectors_to_unit_length():
-    s, t = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
     unit_s, unit_t = s / s.norm(dim=1, keepdim=True), t / t.norm(dim=1, keepdim=True)
-    expected = corrkd.sample_contrastive(unit_s, unit_t, 1.2, normalize=False)
-    torch.testing.assert_close(corrkd.sample_contrastive(s, 3 * t, 1.2), expected)
+    expected = corrkd.sample_contrastive(unit_s, unit_t, margin, normalize=False)
+    torch.testing.assert_close(corrkd.sample_contrastive(s, 3 * t, margin), expected)
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 3, 1, 0, 3, 3], [2] * 7, [0, 1, 2, 3, 0, 1, 2]])
@@ -89,7 +85,8 @@ def test_response_consistency_is_equations_7_to_9(task, classes, decisions):
 @pytest.mark.parametrize("task, classes, decisions", TASKS)
 def test_the_total_is_equation_10_written_out(task, classes, decisions):
     """With KL as well, which the ablation has in the place of RCD."""
-    model, (complete, real) = model_of(task, classes, dropout=0.0, kl=1.0).double(), clips()
+    weights = {"scd": .3, "cpd": .4, "rcd": .6, "kl": .7}
+    model, (complete, real) = model_of(task, classes, dropout=0.0, **weights).double(), clips()
     missing, target = half_of(complete), target_of(task, classes)
     h, f = model.student(missing, real)
     h_t, f_t = model.teacher(complete, real)
@@ -103,7 +100,7 @@ def test_the_total_is_equation_10_written_out(task, classes, decisions):
             expected["task"] -= math.log(r[i, g, y[i, g]]) / (5 * decisions)
             for p, q in zip(r_t[i, g].tolist(), r[i, g].tolist()):
                 expected["kl"] += p * math.log(p / q) / (5 * decisions)
-    expected["total"] = sum(expected.values())
+    expected["total"] = sum(weights.get(name, 1.0) * value for name, value in expected.items())
     assert numbers(model.losses(complete, missing, target, real)) == pytest.approx(expected, rel=1e-9)
 
 
@@ -134,47 +131,31 @@ LOSSES = [lambda s, t: corrkd.sample_contrastive(s, t, 1.2),
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_loss_in_half_precision_is_that_of_its_vectors_in_float32(loss, dtype):
-    s, t = torch.randn(6, 5).to(dtype), torch.randn(6, 5).to(dtype)
-    torch.testing.assert_close(loss(s, t), loss(s.float(), t.float()), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_loss_sends_no_gradient_into_the_teacher(loss):
-    s, t = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5, requires_grad=True)
-    loss(s, t).backward()
+def test_a_loss_in_half_precision_is_that_in_float32_and_its_teacher_gets_no_gradient(loss, dtype):
+    s, t = (torch.randn(6, 5).to(dtype).requires_grad_() for _ in range(2))
+    value = loss(s, t)
+    torch.testing.assert_close(value, loss(s.float(), t.float()), rtol=0, atol=0)
+    value.backward()
     assert t.grad is None and s.grad.abs().sum() > 0
 
 
-def test_the_teacher_neither_moves_nor_learns():
-    """Also where the model is put in training mode."""
-    model, (complete, real) = model_of().double().train(), clips()
+def test_the_teacher_neither_learns_nor_leaves_evaluation_and_its_stored_outputs_change_nothing():
+    model, (complete, real) = model_of(dropout=0.0).double().train(), clips()
     assert not model.teacher.training and model.student.training
     before = copy.deepcopy(model.teacher.state_dict())
-    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    model.losses(complete, complete, target_of("polarity"), real)["total"].backward()
-    optimizer.step()
+    batch = complete, half_of(complete), target_of("polarity"), real
+    terms = model.losses(*batch)
+    assert numbers(model.losses(*batch, model.teacher_outputs(complete, real))) == numbers(terms)
+    terms["total"].backward()
+    torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2).step()
     assert all(torch.equal(v, before[k]) for k, v in model.teacher.state_dict().items())
     assert all(p.grad is None for p in model.teacher.parameters())
-
-
-def test_stored_teacher_outputs_change_nothing():
-    model, (complete, real) = model_of(dropout=0.0).double(), clips()
-    batch = complete, half_of(complete), target_of("polarity"), real
-    assert numbers(model.losses(*batch, model.teacher_outputs(complete, real))) == numbers(model.losses(*batch))
-
-
-@pytest.mark.parametrize("ablation, stage", [("no_distillation", "student"), ("scd_raw", "teacher")])
-def test_there_are_no_teacher_outputs_in_a_stage_without_a_teacher(ablation, stage):
-    model = model_of(**corrkd.ABLATIONS[ablation]).double()
-    model.begin(stage)
-    assert model.teacher_outputs(*clips()) is None
 
 
 def train_teacher(model):
     complete, real = clips()
     model.double().begin("teacher")
-    model.losses(complete, complete, target_of("polarity"), real)
+    model.losses(complete, None, target_of("polarity"), real)       # no missing copies: they are not looked at
 
 
 def load(part):
@@ -184,10 +165,14 @@ def load(part):
     return load_part
 
 
-@pytest.mark.parametrize("prepare, warns", [(lambda model: None, True), (load("student"), True), (load(""), False),
-                                            (load("teacher"), False), (train_teacher, False)])
-def test_a_student_warns_once_unless_its_teacher_was_trained_or_loaded(prepare, warns):
-    model = copy.deepcopy(corrkd.CorrKD(test_methods.DIMS, "polarity"))     # and so does a copy
+@pytest.mark.parametrize("prepare, ablation, warns", [
+    (lambda model: None, "", True), (load("student"), "", True), (load(""), "", False), (load("teacher"), "", False),
+    (train_teacher, "", False), (lambda model: None, "no_distillation", False)])
+def test_a_student_warns_once_unless_its_teacher_was_trained_or_loaded(prepare, ablation, warns):
+    config = corrkd.Config(**corrkd.ABLATIONS.get(ablation, {}))
+    model = copy.deepcopy(corrkd.CorrKD(test_methods.DIMS, "polarity", config))     # and so does a copy
+    with pytest.raises(ValueError, match="Call begin first: "):
+        model.losses(None, None, None)
     prepare(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -196,32 +181,26 @@ def test_a_student_warns_once_unless_its_teacher_was_trained_or_loaded(prepare, 
     assert len(caught) == warns and all("neither trained nor loaded" in str(w.message) for w in caught)
 
 
-def test_a_student_without_distillation_does_not_warn(recwarn):
-    config = corrkd.Config(**corrkd.ABLATIONS["no_distillation"])
-    corrkd.CorrKD(test_methods.DIMS, "polarity", config).begin("student")
-    assert not recwarn.list
+BOTH = {"teacher": ("lav",), "student": corrkd.SETS}     # stage -> the sets that it is about
 
 
-def test_losses_of_no_stage_say_which_there_are():
-    with pytest.raises(ValueError, match="Call begin first: teacher, then student"):
-        corrkd.CorrKD(test_methods.DIMS, "polarity").losses(None, None, None)
+@pytest.mark.filterwarnings("ignore:CorrKD's teacher")
+@pytest.mark.parametrize("ablation, stages, frozen", [
+    ("", BOTH, ["student"]), ("scd_raw", BOTH, ["student"]), ("no_distillation", {"student": corrkd.SETS}, []),
+    ("teacher", {"teacher": corrkd.SETS}, [])])
+def test_the_stages_their_frozen_teacher_and_the_network_that_answers(ablation, stages, frozen):
+    """A model that is made to load a checkpoint answers by its last stage."""
+    config = corrkd.Config(**corrkd.ABLATIONS.get(ablation, {}))
+    model, (x, real) = corrkd.CorrKD(test_methods.DIMS, "polarity", config).double().eval(), clips()
+    assert model.stages == stages
+    assert torch.equal(model(**x, real=real), getattr(model, [*stages][-1])(x, real)[1])
+    for stage in stages:
+        model.begin(stage)
+        assert (model.teacher_outputs(x, real) is not None) is (stage in frozen)
 
 
 def test_without_rcd_its_critics_are_not_trained():
     assert not any(p.requires_grad for p in model_of(rcd=0.0).critics.parameters())
-
-
-def test_the_stages_and_the_sets_that_they_are_about():
-    assert model_of().stages == {"teacher": ("lav",), "student": corrkd.SETS}
-    assert model_of(**corrkd.ABLATIONS["no_distillation"]).stages == {"student": corrkd.SETS}
-    assert model_of(**corrkd.ABLATIONS["teacher"]).stages == {"teacher": corrkd.SETS}
-
-
-@pytest.mark.parametrize("ablation, part", [("scd_raw", "student"), ("teacher", "teacher")])
-def test_a_model_made_to_load_a_checkpoint_answers_by_its_last_stage(ablation, part):
-    model = corrkd.CorrKD(test_methods.DIMS, "polarity", corrkd.Config(**corrkd.ABLATIONS[ablation])).double().eval()
-    x, real = clips()
-    assert torch.equal(model(**x, real=real), getattr(model, part)(x, real)[1])
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -237,4 +216,5 @@ def test_parameter_counts_are_pinned(classes):
 def test_what_is_listed_for_the_paper_is_the_default():
     listed = {"mosi": (4e-3, 64, 50, 10, 1.2), "mosei": (2e-3, 32, 20, 8, 1.0), "iemocap": (4e-3, 64, 30, 10, 1.4)}
     for name, c in corrkd.PAPER.items():
+        assert (c.scd, c.cpd, c.rcd, c.kl) == (1, 1, 1, 0)
         assert (c.lr, c.batch_size, c.epochs, c.heads, c.margin) == listed[name]

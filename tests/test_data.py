@@ -58,7 +58,9 @@ def same(a, b):
 
 def test_mults_layout(tmp_path):
     made = content()
+    made["train"]["audio"][4, 5, 2] = -np.inf           # read as 0, as MulT's and MultiBench's readers do
     loaded = load(tmp_path, made)
+    made["train"]["audio"][4, 5, 2] = 0
     for k, s in enumerate(SPLITS):
         for m in STREAMS:
             for i in range(5):
@@ -75,6 +77,7 @@ def test_mmsas_layout(tmp_path):
     made = every(more={**UNALIGNED, "front": False}, id=[f"v$_${i}" for i in range(5)], text_bert=np.zeros((5, 3, 8)),
                  regression_labels=lambda split: split.pop("labels").ravel().tolist(),
                  audio_lengths=[5, 6, 7, 8, 9], vision_lengths=np.full((5, 1), 2))
+    made["train"]["audio"][1] = np.roll(made["train"]["audio"][1], 8, 0)        # padded in front
     written(tmp_path / "MOSI" / "Processed", made, "unaligned_50.pkl")
     loaded = data.load("mosi", tmp_path, normalize=False)
     split = loaded["train"]
@@ -82,14 +85,8 @@ def test_mmsas_layout(tmp_path):
     assert split["real"]["text"].sum(1).tolist() == [3, 4, 5, 6, 7]
     assert split["real"]["audio"].sum(1).tolist() == [5, 6, 7, 8, 9]        # the stated length covers the frames
     assert split["real"]["vision"].sum(1).tolist() == [3, 4, 5, 6, 7]       # it does not: the frames count
+    made["train"]["audio"][1] = np.roll(made["train"]["audio"][1], -6, 0)       # 2 of its 6 frames are zeros
     np.testing.assert_array_equal(split["audio"], made["train"]["audio"])
-
-
-def test_a_stated_length_covers_a_clip_that_is_padded_in_front(tmp_path):
-    made = every(more=UNALIGNED, audio_lengths=np.array([5] * 5))
-    split = load(tmp_path, made)["train"]
-    assert split["real"]["audio"].sum(1).tolist() == [5, 5, 5, 6, 7]
-    np.testing.assert_array_equal(split["audio"][0, :5], made["train"]["audio"][0, 7:])
 
 
 @pytest.mark.parametrize("lengths", [
@@ -177,46 +174,15 @@ def test_protocols_and_number_types(tmp_path, protocol, dtype):
 def test_word_aligned_files_come_first_and_a_missing_one_is_told(tmp_path):
     with pytest.raises(DataError, match="--synthetic"):
         data.find("mosei", tmp_path)
-    for name in ("unaligned_50.pkl", "mosei_senti_data_noalign.pkl", "aligned_50.pkl", "mosei_raw.pkl",
-                 "mosei_senti_data.pkl"):
+    for name in reversed(("mosei_senti_data.pkl", "mosei_raw.pkl", "aligned_50.pkl", "mosei_senti_data_noalign.pkl")):
         (tmp_path / name).touch()
         assert data.find("mosei", tmp_path).name == name
-    (tmp_path / "mosi_raw.pkl").touch()
-    assert data.find("mosi", tmp_path).name == "mosi_raw.pkl"
-    assert data.find("mosi", tmp_path / "mosei_raw.pkl").name == "mosei_raw.pkl"
 
 
-def test_a_stream_that_one_split_lacks_is_lacking(tmp_path):
-    loaded = load(tmp_path, every(["test"], UNALIGNED, vision=np.zeros((5, 10, 3))))
-    assert loaded["lacking"] == ["vision"] and [loaded[s]["lacking"] for s in SPLITS] == [[], [], ["vision"]]
-    assert data.answerable(data.SETS, ["vision"]) == ["l", "a", "la", "lav"]
-
-
-def test_a_file_of_the_asked_split_alone_and_one_without_labels(tmp_path):
-    made = without("test", "labels")
-    whole, alone = load(tmp_path / "a", made, ("test",)), load(tmp_path / "b", {"test": made["test"]}, ("test",))
-    assert whole["test"]["label"] is None and whole["source"]["sizes"] == [5, 5, 5]
-    assert alone["test"]["label"] is None and alone["source"]["sizes"] == [None, None, 5]
-    with pytest.raises(DataError, match="holds a dict of test; expected a dict of train, valid, each"):
-        data.load("mosi", tmp_path / "b")
-    with pytest.raises(DataError, match="split valid has neither 'labels' nor"):
-        load(tmp_path / "c", without("valid", "labels"), ("train", "valid"))
-
-
-def test_multibenchs_file_and_sizes_that_say_another_data_set(tmp_path, monkeypatch):
-    """Text, audio and vision of 300, 74 and 35; clips without a word; -inf in audio; ids in object arrays."""
-    rng, made = np.random.default_rng(0), {}
-    for s, n in zip(SPLITS, (128, 21, 69)):
-        made[s] = {m: rng.standard_normal((n, 50, d)) for m, d in data.GLOVE.items()}
-        made[s].update(labels=rng.uniform(-3, 3, (n, 1, 1)), id=np.array([f"{s}[{i}]" for i in range(n)], dtype=object))
-        made[s]["text"][1], made[s]["audio"][2, 40, 7] = 0, -np.inf
-    loaded = load(tmp_path, made, name="mosi_raw.pkl")
-    split = loaded["train"]
-    assert loaded["dims"] == data.GLOVE and split["id"][1] == "train[1]"
-    assert not split["text"][1].any() and split["real"]["text"][1].all() and split["audio"][2, 40, 7] == 0
-    monkeypatch.setattr(data, "SIZES", {"mosi": (128, 23, 69), "mosei": (9, 9, 9), "iemocap": (7, 7, 7)})
-    with pytest.raises(DataError, match="128/21/69 clips, .* splits of mosi, not of mosei. Use --dataset mosi"):
-        data.load("mosei", tmp_path / "mosi_raw.pkl")
+def test_a_file_whose_sizes_are_another_data_sets_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SIZES", {"mosi": (50, 46, 50), "mosei": (9, 9, 9), "iemocap": (7, 7, 7)})
+    with pytest.raises(DataError, match="50/50/50 clips, .* splits of mosi, not of mosei. Use --dataset mosi"):
+        load(tmp_path, content(n=50), dataset="mosei", name="mosei_raw.pkl")
 
 
 @pytest.mark.parametrize("change, compared, text", [
@@ -264,6 +230,8 @@ BAD = {     # what is said: content of the file
     "'audio' holds values .* clip clip0_2": number("audio", np.inf),
     "'text' holds values": number("text", -np.inf),
     "'audio' .*too large.*clip clip0_2": number("audio", -1e300),
+    "split valid has neither 'labels' nor": without("valid", "labels"),
+    "simulated_text has 4 features, text 6": every(simulated_text=lambda split: split["text"][..., :4]),
     "differ in feature width": every(["train"], text=np.ones((5, 8, 5))),
 }
 
@@ -305,12 +273,9 @@ def shaped(shape, code="f4"):
     return inside(array.encode())
 
 
-NAMES = """os.system posix.system subprocess.Popen builtins.eval builtins.exec builtins.open __builtin__.eval
-builtins.getattr builtins.__import__ importlib.import_module runpy.run_path pickle.loads _pickle.loads marshal.loads
-types.FunctionType functools.partial operator.attrgetter shutil.rmtree pathlib.Path socket.socket ctypes.CDLL
-code.interact data.read_pickle torch.load torch.hub.load codecs.decode _codecs.lookup numpy.load numpy.fromfile
-numpy.memmap numpy.f2py.compile numpy.core.multiarray.fromfile numpy._core.multiarray.frombuffer
-numpy.ctypeslib.load_library""".split()
+NAMES = """subprocess.Popen os.system builtins.eval builtins.getattr __builtin__.eval pickle.loads data.read_pickle
+functools.partial operator.attrgetter types.FunctionType torch.load codecs.decode _codecs.lookup numpy.load numpy.memmap
+numpy.core.multiarray.fromfile numpy._core.multiarray.frombuffer numpy.ctypeslib.load_library""".split()
 SYSTEM = b"cos\nsystem\n(Vtouch GOTCHA\ntR"
 FORMS = (
     b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0ctouch GOTCHA\x85R.", b"(Vtouch GOTCHA\nios\nsystem\n.",
@@ -383,8 +348,6 @@ def test_a_hostile_pickle_executes_nothing_and_is_refused(tmp_path, monkeypatch,
     assert os.listdir() == ["x.pkl"] and before == (dict(vars(data.DType)), dict(vars(data.Array)), dict(vars(data)))
 
 
-# ------------------------------------------------------------------------------------- damaged files
-
 def damage(raw: bytes, draw: random.Random) -> bytes:
     """One to three of: a bit flipped, a byte replaced, a piece cut out, doubled, or zeroed, the end cut off."""
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
@@ -432,8 +395,6 @@ def test_a_damaged_npy_is_told_with_its_path(tmp_path):
     assert refusals > 50, refusals
 
 
-# ------------------------------------------------------------------------------------- standardising
-
 def test_standardising_is_what_the_docstring_says(tmp_path):
     made = content()
     made["train"]["text"][..., 2] *= 1e4
@@ -463,8 +424,6 @@ def test_simulated_text_is_standardised_as_text_and_has_masks_of_its_own(tmp_pat
     raw = torch.from_numpy(made["train"]["simulated_text"][2, -1])
     torch.testing.assert_close(split["simulated_text"][2, 9], ((raw - mean) / std).clamp(-5, 5))
     assert split["real"]["simulated_text"][2].sum() == 10 and split["real"]["text"][2].sum() == 5
-    with pytest.raises(DataError, match="simulated_text has 4 features, text 6"):
-        load(tmp_path / "b", every(simulated_text=lambda split: split["text"][..., :4]))
 
 
 # ------------------------------------------------------------------------------------- masks and batches
@@ -475,7 +434,7 @@ def some_real(n=400, t=20, seed=3):
 
 
 @pytest.mark.parametrize("rate", data.RATES)
-def test_the_realised_rate_is_the_nominal_one(rate):
+def test_the_realised_rate_is_the_nominal_one_and_dropped_frames_are_uniform(rate):
     real = some_real()
     present = data.evaluation_masks(real, rate, "test")
     for m in STREAMS:
@@ -483,18 +442,10 @@ def test_the_realised_rate_is_the_nominal_one(rate):
         assert not (present[m] & ~real[m]).any()                        # padding is neither there nor dropped
         assert ((dropped - rate * n).abs() < 1 + 1e-9).all()            # within rounding, clip by clip
         assert abs(float((dropped / n).mean()) - rate) < (.02 if 0 < rate < 1 else 1e-9)
-
-
-@pytest.mark.parametrize("rate", [.1, .5, .9])
-def test_the_mean_rate_is_exact_for_clips_of_one_frame(rate):
-    present = data.drop(torch.ones(20000, 1, dtype=torch.bool), rate, torch.Generator().manual_seed(0))
-    assert abs(1 - float(present.float().mean()) - rate) < 4 * (rate * (1 - rate) / 20000) ** .5
-
-
-def test_dropped_frames_are_uniform():
-    real = torch.arange(12).expand(6000, 12) < 10
-    dropped = (real & ~data.drop(real, .3, torch.Generator().manual_seed(1))).float().mean(0)
-    assert (dropped[:10] - .3).abs().max() < 4 * (.3 * .7 / 6000) ** .5 and not dropped[10:].any()
+    for count, longest in ((20000, 1), (6000, 12)):         # clips of one frame, and clips with 2 frames of padding
+        real = torch.arange(longest).expand(count, longest) < 10
+        shares = (real & ~data.drop(real, rate, torch.Generator().manual_seed(1))).float().mean(0)
+        assert (shares[:10] - rate).abs().max() <= 4 * (rate * (1 - rate) / count) ** .5 and not shares[10:].any()
 
 
 def test_evaluation_masks_depend_on_seed_split_and_condition_alone():
@@ -505,14 +456,10 @@ def test_evaluation_masks_depend_on_seed_split_and_condition_alone():
     for other in ((.5, "test", 0), (.4, "valid", 0), (.4, "test", 1)):
         assert not torch.equal(first["text"], data.evaluation_masks(real, *other)["text"])
     assert not torch.equal(first["text"], first["audio"])       # each stream its own frames
-
-
-@pytest.mark.parametrize("name, whole", [("l", "100"), ("a", "010"), ("v", "001"), ("lv", "101"), ("lav", "111")])
-def test_a_set_keeps_its_streams_whole_and_the_others_not_at_all(name, whole):
-    real = some_real(50)
-    present = data.evaluation_masks(real, name, "test")
-    for m, one in zip(STREAMS, whole):
-        assert torch.equal(present[m], real[m] & (one == "1")) and data.realised(present, real)[m] == 1 - int(one)
+    for name, whole in (("l", "100"), ("a", "010"), ("v", "001"), ("lv", "101"), ("lav", "111")):
+        present = data.evaluation_masks(real, name, "test")
+        for m, one in zip(STREAMS, whole):
+            assert torch.equal(present[m], real[m] & (one == "1")) and data.realised(present, real)[m] == 1 - int(one)
 
 
 def test_training_masks_cover_the_seven_sets_evenly_and_change_every_time():
@@ -552,16 +499,14 @@ def test_a_batch_is_cut_to_its_longest_clip_and_drops_what_the_training_masks_sa
 
 # ------------------------------------------------------------------------------------- the stand-in
 
-def test_the_stand_in_has_mosis_size_shape_and_balance():
+def test_the_stand_in_has_mosis_size_and_balance_and_stays_what_it_is():
     made = {s: data.stand_in("mosi", s) for s in SPLITS}
     assert [len(split["labels"]) for split in made.values()] == [1284, 229, 686]
+    assert abs((made["test"]["labels"] > 0).mean() - .40) < .05
     y, sizes = made["train"]["labels"].ravel(), [np.abs(made["train"][m], dtype=np.float64).mean() for m in STREAMS]
     assert abs(y.mean() - .23) < .1 and abs(y.std() - 1.51) < .1 and .02 < (y == 0).mean() < .06
-    assert abs((made["test"]["labels"] > 0).mean() - .40) < .05
-    assert y[:4].tolist() == pytest.approx([.2, 2.2, -3, 1.2])              # version 1 stays what it is
+    assert y[:4].tolist() == pytest.approx([.2, 2.2, -3, 1.2])
     assert sizes == pytest.approx([2.0615295, 2.2455682, 1.3678357], rel=1e-5)
-    n = data.tensors(made["train"], "mosi", "here")["real"]["text"].sum(1).float()
-    assert abs(n.mean() - 13) < 1.5 and abs(n.median() - 11) <= 1 and .002 < (n == 50).float().mean() < .02
 
 
 def test_the_written_stand_in_is_mults_layout_and_the_one_in_memory(tmp_path, capsys):
@@ -579,8 +524,6 @@ def test_the_written_stand_in_is_mults_layout_and_the_one_in_memory(tmp_path, ca
     assert loaded["source"]["synthetic"] and memory["source"]["synthetic"]
     assert data.main(command) == 2 and "exists already" in capsys.readouterr().err
 
-
-# ------------------------------------------------------------------------------------- check, and what is printed
 
 def test_check_says_what_a_file_is_and_goes_on_after_a_bad_one(tmp_path, capsys):
     made = every(more=UNALIGNED, id=content()["train"]["id"])
@@ -641,46 +584,28 @@ def test_a_file_that_cannot_be_written_is_told_and_nothing_is_left(tmp_path, mon
     assert os.listdir() == []
 
 
-@posix
-def test_a_fifo_is_written_into_and_stays(tmp_path):
-    os.mkfifo(tmp_path / "fifo")
-    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
-    with data.replacing(tmp_path / "fifo") as file:
-        file.write(b"x")
-    assert os.read(reader, 9) == b"x" and (tmp_path / "fifo").is_fifo()
-    os.close(reader)
-
-
 # ------------------------------------------------------------------------------------- feature folders
 
-def test_feature_folders_are_read_clip_by_clip_in_natural_order(tmp_path):
-    """The frames of a clip lie in 0.npy ... 11.npy."""
-    where, truth, corpus = feature_folders(tmp_path, longest=12)
-    loaded = data.load("mosei", splits=SPLITS, normalize=False, **where)
+def test_feature_folders_are_read_clip_by_clip_in_natural_order_without_over_long_training_clips(tmp_path):
+    """The frames of a clip lie in 0.npy ... 19.npy."""
+    where, truth, corpus = feature_folders(tmp_path, longest=20)
+    assert data.load("mosei", normalize=False, **where)["source"]["max_frames"] == data.MAX_FRAMES
+    loaded = data.load("mosei", splits=SPLITS, normalize=False, max_frames=15, **where)
     assert loaded["dims"] == FOLDERS and loaded["stats"] is None and not loaded["aligned"]
-    assert loaded["source"]["sizes"] == [12, 6, 6] and loaded["source"]["max_frames"] == data.MAX_FRAMES
-    assert max(len(x) for x in truth["vision"].values()) > 10
+    short = [clip for clip in corpus["train_corpus"] if max(len(truth[m][clip]) for m in FOLDERS) <= 15]
+    assert 5 < len(short) < 12 and loaded["source"]["sizes"] == [12, 6, 6]
+    assert f"{12 - len(short)} training clips of more than 15 frames are left out" in loaded["source"]["notes"]
     index = torch.tensor([4, 0, 5])
-    for s, name in zip(SPLITS, corpus):
+    for s, name, ids in zip(SPLITS, corpus, (short, list(corpus["val_corpus"]), list(corpus["test_corpus"]))):
         split = loaded[s]
-        assert split["id"] == list(corpus[name])
-        assert split["label"].tolist() == pytest.approx([facts["val"] for facts in corpus[name].values()])
+        assert split["id"] == ids
+        assert split["label"].tolist() == pytest.approx([corpus[name][clip]["val"] for clip in ids])
         complete, _, real = data.batch(split, index)
         for m in FOLDERS:
             for row, i in enumerate(index.tolist()):
-                x = truth[m][split["id"][i]]
+                x = truth[m][ids[i]]
                 np.testing.assert_array_equal(complete[m][row, :len(x)], x)
                 assert not complete[m][row, len(x):].any() and real[m][row].sum() == len(x)
-
-
-def test_over_long_training_clips_are_left_out_and_no_others(tmp_path):
-    where, truth, corpus = feature_folders(tmp_path, longest=20)
-    loaded = data.load("mosei", splits=SPLITS, normalize=False, max_frames=15, **where)
-    short = [clip for clip in corpus["train_corpus"] if max(len(truth[m][clip]) for m in FOLDERS) <= 15]
-    assert 0 < len(short) < 12 and loaded["train"]["id"] == short
-    assert loaded["train"]["label"].tolist() == pytest.approx([corpus["train_corpus"][clip]["val"] for clip in short])
-    assert [len(loaded[s]["id"]) for s in ("valid", "test")] == [6, 6]
-    assert f"{12 - len(short)} training clips of more than 15 frames are left out" in loaded["source"]["notes"]
 
 
 def test_a_changed_file_changes_the_fingerprint_and_nothing_else_does(tmp_path):

@@ -4,9 +4,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import statistics
 import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -17,7 +17,7 @@ import corrkd
 import data
 import eval as evaluation
 from data import DataError, SPLITS, STREAMS
-from helpers import Call, content, feature_folders, learnable, run, run_main, written
+from helpers import ROOT, Call, content, feature_arguments, learnable, run, run_main, written
 
 
 def smaller(made, **sizes):
@@ -154,39 +154,19 @@ class Joint(torch.nn.Module):
 @pytest.mark.parametrize("lengths", [(8, 8, 8), (8, 12, 10)])
 @pytest.mark.parametrize("joint", [False, True])
 def test_predictions_are_those_of_one_full_pass_for_each_condition(tmp_path, lengths, joint):
+    """Whatever the batch size and the time; another mask seed has other masks."""
     split, model = untrained(tmp_path, lengths)
-    conditions = [*data.SETS, 0.0, 0.3, 1.0]
-    got = evaluation.predict(Joint(model) if joint else model, split, conditions, "test", size=7)
+    model, conditions = Joint(model) if joint else model, [*data.SETS, 0.0, 0.3, 1.0]
+    first = evaluation.predict(model, split, conditions, "test", size=7)
+    again, whole = (evaluation.predict(model, split, conditions, "test", size=size) for size in (7, 256))
     for condition in conditions:
         present = data.evaluation_masks(split["real"], condition, "test")
         with torch.no_grad():
-            full = model.eval()(**{m: split[m] * present[m][..., None] for m in STREAMS}, real=split["real"])
-        torch.testing.assert_close(got[condition], full, rtol=0, atol=1e-5)
-
-
-def test_a_prediction_depends_on_neither_the_batch_nor_the_time(tmp_path):
-    split, model = untrained(tmp_path)
-    first = evaluation.predict(model, split, ["lav", "a", .5], "test")
-    for size in (1, 7, 256):
-        again = evaluation.predict(model, split, ["lav", "a", .5], "test", size=size)
-        for condition, output in first.items():
-            torch.testing.assert_close(again[condition], output, rtol=0, atol=0 if size == 256 else 1e-6)
-    other = evaluation.predict(model, split, [.5], "test", mask_seed=1)
-    assert not torch.equal(other[.5], first[.5])
-
-
-def test_rate_0_is_complete_and_rate_1_leaves_nothing(tmp_path):
-    split, model = untrained(tmp_path)
-    got = evaluation.evaluate(Joint(model), "polarity", split, ["lav", 0.0, 1.0], "test")
-    assert got["0.0"] == got["lav"] and got["0.0"]["realised"] == dict.fromkeys(STREAMS, 0)
-    assert got["1.0"]["realised"] == dict.fromkeys(STREAMS, 1)
-
-
-def test_an_answer_that_is_not_finite_is_told_with_its_condition(tmp_path):
-    split, model = untrained(tmp_path)
-    model.student.classifier.bias.data.fill_(float("nan"))
-    with pytest.raises(DataError, match="condition lav are not finite.*lower --lr"):
-        evaluation.evaluate(model, "polarity", split, ["lav"], "test")
+            h = model.represent({m: split[m] * present[m][..., None] for m in STREAMS}, split["real"])
+        torch.testing.assert_close(first[condition], model.classify(h), rtol=0, atol=1e-5)
+        torch.testing.assert_close(first[condition], whole[condition], rtol=0, atol=1e-6)
+        assert torch.equal(first[condition], again[condition])
+    assert not torch.equal(evaluation.predict(model, split, [.3], "test", mask_seed=1)[.3], whole[.3])
 
 
 def test_the_linear_baseline_is_ridge_regression_on_means_of_dropped_copies(tmp_path):
@@ -232,21 +212,21 @@ def nested(record, **changes):
     ({"width": 3_000_000}, "does not fit corrkd.py"),
     ({"layers": 10_000_000}, "more layers than it has weights"),
     ({"dims": {"text": 2 ** 40, "audio": 4, "vision": 3}}, "trained on {'text': 1099511627776"),
-    ({"heads": 0}, "does not fit corrkd.py")])
-def test_a_record_that_does_not_hold_is_refused_in_a_sentence(copied, change, said, capsys):
+    ({"heads": 0}, "does not fit corrkd.py"),
+    ("no weights", "more layers than it has weights"),
+    ("repeated weights", "more weights than it has bytes")])
+def test_a_checkpoint_that_does_not_hold_is_refused_in_a_sentence(copied, change, said, capsys):
     """At once: a record alone asks for no memory and no time."""
     folder, checkpoint = copied
-    torch.save({**checkpoint, "run": nested(checkpoint["run"], **change)}, folder / "model.pt")
+    if change == "no weights":
+        checkpoint["model"] = {}
+    elif change == "repeated weights":      # one number claims to be many
+        checkpoint["model"] = {key: torch.zeros(1).expand(10 ** 9) for key in checkpoint["model"]}
+    else:
+        checkpoint["run"] = nested(checkpoint["run"], **change)
+    torch.save(checkpoint, folder / "model.pt")
     error = refused(capsys, folder)
     assert said in error and error.strip().isprintable()
-
-
-def test_weights_that_do_not_fit_are_refused(copied, capsys):
-    folder, checkpoint = copied
-    repeated = {key: torch.zeros(1).expand(10 ** 9) for key in checkpoint["model"]}     # one number claims to be many
-    for weights, said in (({}, "more layers"), (repeated, "more weights than it has bytes")):
-        torch.save({**checkpoint, "model": weights}, folder / "model.pt")
-        assert said in refused(capsys, folder)
 
 
 def test_a_file_that_is_no_result_of_training_is_refused(copied, trained, monkeypatch, capsys):
@@ -332,20 +312,6 @@ def test_a_model_answers_on_features_that_are_standardised_as_in_training(traine
     assert [float(line["probability"]) for line in lines] == pytest.approx(chance, abs=1e-6)
 
 
-def test_the_answers_do_not_depend_on_the_labels(copied, tmp_path, capsys):
-    made, path = smaller(learnable(), valid=30, test=20), copied[0] / "predictions.csv"
-    made["test"]["labels"] = -made["test"]["labels"]
-    before = [line["answer"] for line in read_csv(path)]
-    out, _ = shown(capsys, copied[0], "--rates", "0", "0.5", "1", "--data-dir", written(tmp_path / "data", made))
-    assert before == [line["answer"] for line in read_csv(path)]
-    assert "WARNING: this is not the file that the runs were trained on" in out
-
-
-def test_rates_without_numbers_leave_the_second_table_out(copied, capsys):
-    assert list(shown(capsys, copied[0], "--rates")[1]) == ["Available streams"]
-    assert list(results(copied[0])["conditions"]) == list(data.SETS)
-
-
 def test_rates_that_make_no_sense_are_refused():
     for arguments in (["--rates", "1.5"], ["--rates", "nan"], ["--rates", "--plot", "x.png"]):
         with pytest.raises(SystemExit):
@@ -401,10 +367,8 @@ def test_iemocap_shows_four_emotions(tmp_path, capsys):
 
 
 def test_feature_folders_have_a_fingerprint_and_no_linear_row(tmp_path, capsys):
-    where, *_ = feature_folders(tmp_path / "made", sizes=(24, 8, 8))
-    features = [f"{m}={folder}" for m, folder in where["features"].items()]
-    assert run_main("--method", "corrkd", "--dataset", "mosei", "--out", tmp_path / "runs", "--epochs", 1, "--seeds", 1,
-                    "--device", "cpu", "--features", *features, "--labels", where["labels"]) == 0
+    assert run_main("--method", "corrkd", "--out", tmp_path / "runs", "--epochs", 1, "--seeds", 1, "--device", "cpu",
+                    *feature_arguments(tmp_path / "made")) == 0
     out, _ = shown(capsys, tmp_path / "runs", "--rates", "0", "1")
     assert "fingerprint" in out and "SHA-256" not in out and "WARNING" not in out and "no linear row" in out
 
@@ -446,6 +410,7 @@ def test_a_stream_that_is_lacking_counts_in_no_average(tmp_path, copied, splits,
     three = [results(folder)["conditions"][c]["F1"] for c in ("l", "a", "la")]
     assert row["{v}"] == row["{a,v}"] == "-" and row["Avg."] == f"{statistics.fmean(three):.2f}"
     assert "vision" in out and "not answered" in out
+    assert ("WARNING: this is not the file that the runs were trained on" in out) is (splits == ["test"])
 
 
 @pytest.mark.parametrize("form", ["no labels", "all 0"])
@@ -483,24 +448,23 @@ def test_a_fifo_is_written_into(copied, tmp_path, capsys):
     assert reader.communicate(timeout=10)[0].startswith("dataset,") and (tmp_path / "fifo").is_fifo()
 
 
-@pytest.mark.parametrize("output", ["closed", "full", "ascii"])
-def test_a_standard_output_that_takes_nothing_costs_no_table(copied, tmp_path, output, monkeypatch):
-    monkeypatch.setattr("sys.stdout", {"closed": None, "full": open("/dev/full", "w"),
-                                       "ascii": open(tmp_path / "out", "w", encoding="ascii")}[output])
-    assert evaluation.main([str(copied[0]), "--rates", "0.5", "--csv", str(tmp_path / "t.csv")]) == 0
-    assert read_csv(tmp_path / "t.csv") and (copied[0] / "results.json").exists()
+def test_a_standard_output_that_is_full_costs_neither_a_run_nor_a_table(tmp_path):
+    """Both programs, as programs."""
+    written(tmp_path / "data", learnable(n=12))
+    train = ["train.py", "--method", "corrkd", "--dataset", "mosi", "--data-dir", tmp_path / "data",
+             "--out", tmp_path / "runs", "--epochs", "1", "--seeds", "1", "--device", "cpu"]
+    for command in (train, ["eval.py", tmp_path / "runs", "--csv", tmp_path / "t.csv"]):
+        with open("/dev/full" if os.path.exists("/dev/full") else os.devnull, "w") as full:
+            subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=full, check=True)
+    assert read_csv(tmp_path / "t.csv") and (tmp_path / "runs/mosi/corrkd/s1/results.json").exists()
 
 
 def test_what_a_record_says_is_printed_as_text(copied, capsys):
     folder, checkpoint = copied
     torch.save({**checkpoint, "run": {**checkpoint["run"], "seed": "1\x1b]0;hi\x07\n2"}}, folder / "model.pt")
-    out, _ = shown(capsys, folder, "--rates")
+    out, tables = shown(capsys, folder, "--rates")        # without numbers there is no second table
+    assert list(tables) == ["Available streams"] and list(results(folder)["conditions"]) == list(data.SETS)
     assert "seeds 1 ]0;hi  2," in out and all(line.isprintable() for line in out.splitlines())
-
-
-def test_a_stop_from_the_keyboard_is_told_in_a_line(monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "run_folders", lambda _: signal.raise_signal(signal.SIGINT))
-    assert evaluation.main(["runs"]) == 130 and "stopped; " in capsys.readouterr().err
 
 
 def test_the_figure_has_a_panel_for_each_metric(trained, tmp_path, comparable, monkeypatch, capsys):
