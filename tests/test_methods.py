@@ -333,3 +333,42 @@ for name in {list(METHODS)}:
     for name, line in zip(METHODS, done.stdout.splitlines(), strict=True):
         modules = {m.split(".")[0] for m in line.split()}
         assert modules - set(sys.stdlib_module_names) - {"torch"} == {name}
+
+
+def test_distances_and_critics_are_full_precision_under_autocast():
+    """Prototype similarities that differ by little, and a sum over more pairs than half precision can hold."""
+    torch.manual_seed(0)
+    teacher = torch.randn(64, 120)
+    student, labels = teacher + .003 * torch.randn(64, 120), torch.arange(64) % 2
+    exact = corrkd.prototype_consistency(student, teacher, labels, 2)
+    critic = corrkd.critic_of(1)
+    responses = torch.rand(400, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        close = corrkd.prototype_consistency(student, teacher, labels, 2)
+    with torch.autocast("cpu", dtype=torch.float16):
+        information = corrkd.jsd_mutual_information(critic, responses, responses)
+    torch.testing.assert_close(close, exact, rtol=1e-4, atol=0)
+    assert information.isfinite()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_masks_and_copies_that_lack_a_stream_and_one_class_are_refused(name):
+    model = model_of(name)
+    x = {m: torch.randn(4, 6, d) for m, d in DIMS.items()}
+    with pytest.raises(ValueError, match="real"):
+        model.represent(x, {m: torch.ones(4, 6) for m in ("text", "audio")})
+    if name != "double_flow":               # which has no use for the missing copies
+        with pytest.raises(ValueError, match="text, audio"):
+            model.losses(x, {m: x[m] for m in ("text", "audio")}, torch.zeros(4).long())
+    with pytest.raises(ValueError, match="classes must be 2 or more, not 1"):
+        model_of(name, "polarity", classes=1)
+
+
+def test_stored_outputs_of_a_teacher_get_no_gradient():
+    model = corrkd.CorrKD(DIMS, "polarity", corrkd.Config(kl=1.0))
+    with pytest.warns(UserWarning):
+        model.begin("student")
+    x = {m: torch.randn(6, 5, d) for m, d in DIMS.items()}
+    stored = [output.requires_grad_() for output in model.teacher_outputs(x)]
+    model.losses(x, x, torch.arange(6) % 2, None, stored)["total"].backward()
+    assert all(output.grad is None for output in stored)
