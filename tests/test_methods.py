@@ -233,6 +233,8 @@ def test_every_loss_is_finite_with_its_gradient(case, n):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_model_trains_in_half_precision(name):
+    if torch.__version__ < "2.2" and name == "umdf":
+        pytest.skip("this torch has no squared error of bfloat16 on a CPU")
     model, (x, real) = model_of(name, "polarity").bfloat16(), clips()
     x = {m: v.bfloat16() for m, v in x.items()}
     terms = model.losses(x, half_of(x), target_of("polarity"), real)
@@ -341,13 +343,11 @@ def test_distances_and_critics_are_full_precision_under_autocast():
     teacher = torch.randn(64, 120)
     student, labels = teacher + .003 * torch.randn(64, 120), torch.arange(64) % 2
     exact = corrkd.prototype_consistency(student, teacher, labels, 2)
-    critic = corrkd.critic_of(1)
-    responses = torch.rand(400, 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         close = corrkd.prototype_consistency(student, teacher, labels, 2)
-    with torch.autocast("cpu", dtype=torch.float16):
-        information = corrkd.jsd_mutual_information(critic, responses, responses)
     torch.testing.assert_close(close, exact, rtol=1e-4, atol=0)
+    responses = torch.rand(400, 1)
+    information = corrkd.jsd_mutual_information(lambda pairs: pairs[..., :1].half(), responses, responses)
     assert information.isfinite()
 
 
