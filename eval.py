@@ -400,6 +400,7 @@ def check_outputs(args, folders: list[Path]) -> None:
         except OSError as error:
             raise DataError(f"Nothing can be written into {folder}: {error.strerror}.") from None
     if args.plot:
+        os.environ["MPLBACKEND"] = "agg"        # a notebook names one that only works inside it
         try:
             from matplotlib.figure import Figure
             Figure().savefig(io.BytesIO(), format=args.plot.suffix[1:])
