@@ -100,19 +100,21 @@ def reading(what, advice: str):
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
-    """A binary file to write, which takes the place of `path` once it is whole: a reader never sees half of it. A link
-    is followed, a device or FIFO written into. DataError, and nothing left behind, if it cannot be written."""
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f"{secrets.token_hex(8)}.tmp")
+def replacing(path: Path, named=False):
+    """A binary file to write, which takes the place of `path` once it is whole: a reader never sees half of it. Of a
+    path that the user named a link is followed, a device or FIFO written into; what lies in a run folder is replaced,
+    never followed. DataError, and nothing left behind, if it cannot be written."""
+    special = named and path.exists() and not path.is_file()
+    target = Path(os.path.realpath(path)) if named else path
+    temporary = target.with_name(f"{secrets.token_hex(8)}.tmp")
     try:
-        if path.exists() and not path.is_file():
+        if special:             # by its own name: where /dev/fd/3 leads, no path may lie
             with open(path, "wb") as file:
                 yield file
         else:
             with open(temporary, "xb") as file:         # x: never through a link that somebody put there
                 yield file
-            os.replace(temporary, path)
+            os.replace(temporary, target)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror}.") from None
     finally:
@@ -136,6 +138,9 @@ def say(text: str = "", to: str = "stdout") -> None:
 
 def run_program(work, stopped: str) -> int:
     """The exit code of work(), where None is 0. A user's mistake is said on stderr, code 2; Ctrl-C: `stopped`, 130."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:          # closed by the shell; tqdm and warnings write to it too
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         return work() or 0
     except DataError as error:
@@ -172,7 +177,10 @@ FOREIGN = {     # first bytes -> what a file is that is no pickle
     b"BZh": "compressed by bzip2; unpack it first",
     b"\xfd7zXZ": "compressed by xz; unpack it first",
     b"x\x01": "compressed by zlib, as joblib does; save its content by pickle.dump",
+    b"x^": "compressed by zlib, as joblib does; save its content by pickle.dump",
     b"x\x9c": "compressed by zlib, as joblib does; save its content by pickle.dump",
+    b"x\xda": "compressed by zlib, as joblib does; save its content by pickle.dump",
+    b"]\0\0": "compressed by lzma, as joblib does; save its content by pickle.dump",
     b"PK": "a zip archive, as torch.save and numpy.savez write too; unpack it or save its content by pickle.dump",
     b"\x80\x02\x8a\nl\xfc\x9cF": "written by torch.save; save its content by pickle.dump",
     b"\x89HDF": "an HDF5 file; save its arrays by pickle.dump",
@@ -285,13 +293,13 @@ def describe(value) -> str:
     return f"a {type(value).__name__}"
 
 
-def refuse_other_formats(start: bytes) -> None:
-    """UnpicklingError if a file that begins like this is no pickle."""
+def refuse_other_formats(start: bytes, path: Path) -> None:
+    """An error if the file at `path`, which begins like this, is no pickle."""
     if not start:
         raise EOFError("it is empty")
     for magic, kind in FOREIGN.items():
         if start.startswith(magic):
-            raise pickle.UnpicklingError(f"it is no pickle but {kind}")
+            raise DataError(f"{path} is no pickle but {kind}.")
     if start[:1] not in b"\x80(]}lcd":
         line = printable(start.decode("latin1").strip().split("\n")[0])
         raise pickle.UnpicklingError(f"not a pickle: it begins with {line}, so the download went wrong")
@@ -302,7 +310,7 @@ def read_pickle(path: Path, splits=SPLITS) -> dict:
     so of itself. DataError unless `splits` are among them. Runs nothing in the file. It takes the file's size in
     memory; a file made to ask for more than there is ends in a sentence."""
     with opening(path, "Download it again, or write a dict of numpy arrays by pickle.dump.") as file:
-        refuse_other_formats(file.peek(40)[:40])
+        refuse_other_formats(file.peek(40)[:40], path)
         content = Unpickler(file, encoding="bytes").load()
         if rest := path.stat().st_size - file.tell():
             raise pickle.UnpicklingError(f"{rest} bytes follow where it should end")
@@ -763,7 +771,7 @@ def widths(result: dict, file: str) -> dict:
     for split in result.values():
         previous, dims = dims, {m: split[m].shape[2] for m in streams(split)}
         if previous not in ({}, dims):
-            raise DataError(f"{file}: the splits differ in feature width.")
+            raise DataError(f"{file}: the splits differ in feature width or streams: {previous} and {dims}.")
     if dims.get(SIMULATED, dims["text"]) != dims["text"]:
         raise DataError(f"{file}: simulated_text has {dims[SIMULATED]} features, text {dims['text']}; "
                         "they must be the same.")
@@ -1033,6 +1041,7 @@ def check_all(path: Path) -> int:
     """Check a file, or all pickles under a folder; 1 if there is something wrong with any of them."""
     paths, code = [path], 0
     if path.is_dir():
+        os.listdir(path)        # rglob says nothing of a folder that may not be read
         paths = sorted(p for p in path.rglob("*.pkl") if not p.name.startswith("._") and not p.is_dir())
     if not paths:
         raise DataError(f"No .pkl file in {path}.")

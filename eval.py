@@ -329,6 +329,11 @@ def check_record(run: dict) -> None:
     if (run["task"] != module.TASKS[run["dataset"]]
             or run["config"] != asdict(module.Config(**run["config"]))):
         raise pickle.UnpicklingError(f"it holds another task or config than {run['method']}.py has")
+    limit = run["limit"]
+    if (type(run["seed"]) not in (int, str) or type(run["normalize"]) is not bool
+            or not set(run["lacking"]) <= set(STREAMS) or limit is not None and limit < 1
+            or not {"sha256", "synthetic"} <= set(run["data"])):
+        raise pickle.UnpicklingError("its record is not one that train.py writes")
     json.dumps(run)     # a TypeError unless all values are plain
 
 
@@ -336,8 +341,8 @@ def read_checkpoint(path: Path, keys, device="cpu") -> dict:
     """A checkpoint that holds these entries, or a DataError that says what is wrong with it; nothing in
     the file is run. One with a "run" is train.py's, whose record is checked, and gets "sha256", of the
     bytes that were read."""
-    with data.reading(path, "It is damaged or no checkpoint of this train.py: train it again."):
-        raw = path.read_bytes()         # once: another process may replace the file
+    with data.opening(path, "It is damaged or no checkpoint of this train.py: train it again.") as file:
+        raw = file.read()               # once: another process may replace the file
         try:
             content = torch.load(io.BytesIO(raw), map_location=device, weights_only=True)
         except pickle.UnpicklingError:
@@ -375,6 +380,8 @@ def run_folders(paths: list[Path]) -> list[Path]:
     """The run folders that are named or lie in a named folder, sorted."""
     folders = set()
     for path in paths:
+        if path.is_dir():
+            os.listdir(path)    # rglob says nothing of a folder that may not be read
         models = [model for model in path.rglob("model.pt") if model.is_file()]
         if not models:
             raise DataError(f"{path} holds no model.pt, so no run that is trained far enough: name a run "
@@ -393,20 +400,22 @@ def check_outputs(args, folders: list[Path]) -> None:
             raise DataError(f"{path} is a folder, has the name of a run's own file, or is named twice: "
                             "name another file.")
     # A device or FIFO is written into; every other file is made anew in its folder.
-    new = [target for target in targets if target.is_file() or not target.exists()]
+    new = [target for path, target in zip(outputs, targets) if path.is_file() or not path.exists()]
     for folder in (*folders, *(target.parent for target in new)):
         try:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise DataError(f"Nothing can be written into {folder}: {error.strerror}.") from None
     if args.plot:
+        if args.plot.suffix.lower() not in (".png", ".pdf", ".svg"):    # .pgf would ask for LaTeX, and too late
+            raise DataError(f"--plot {args.plot}: name a file that ends in .png, .pdf or .svg.")
         os.environ["MPLBACKEND"] = "agg"        # a notebook names one that only works inside it
         try:
             from matplotlib.figure import Figure
             Figure().savefig(io.BytesIO(), format=args.plot.suffix[1:])
         except (ImportError, ValueError) as error:
-            raise DataError(f"--plot {args.plot} cannot be drawn: {error}. It needs matplotlib (pip install "
-                            "matplotlib) and a name that ends in .png, .pdf or .svg.") from None
+            raise DataError(f"--plot {args.plot} cannot be drawn: {error}. It needs matplotlib: "
+                            "pip install matplotlib.") from None
 
 
 def load_split(checkpoint: dict, args, device) -> dict:
@@ -733,10 +742,10 @@ def csv_lines(table: dict, rows: dict) -> list[tuple]:
     return lines
 
 
-def write_csv(path: Path, lines: list[tuple]) -> None:
+def write_csv(path: Path, lines: list[tuple], named=False) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
-    with data.replacing(path) as file:
+    with data.replacing(path, named) as file:
         file.write(text.getvalue().encode(errors="backslashreplace"))
 
 
@@ -750,7 +759,7 @@ def plot(path: Path, tables: list[tuple], args) -> None:
     figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         draw(axis, *panel, args)
-    with data.replacing(path) as file:
+    with data.replacing(path, named=True) as file:
         figure.savefig(file, format=path.suffix[1:], dpi=200)
 
 
@@ -840,10 +849,12 @@ def evaluate_all(args) -> None:
     for folder, checkpoint in checkpoints.items():
         run = checkpoint["run"]
         data_key = [checkpoint["load"], *(run[key] for key in ("dataset", "limit", "normalize", "data"))]
+        data_key = repr(data_key)       # of a tensor or a list in itself too
         if data_key != loaded_for:      # seeds and ablations share their data
             with data.reading(folder / "model.pt", "It does not say which data it is for: train it again."):
                 loaded, loaded_for = load_split(checkpoint, args, device), data_key
-        result = evaluate_run(folder, checkpoint, loaded, args, device)
+        with data.reading(folder / "model.pt", f"It does not fit {run['method']}.py: train it again."):
+            result = evaluate_run(folder, checkpoint, loaded, args, device)
         if result:
             groups.setdefault(folder.parent, []).append(result)
     tables = [(table, make_rows(table, args.reference, args.rates)) for table in make_tables(groups)]
@@ -854,7 +865,7 @@ def evaluate_all(args) -> None:
                   "n")]
         for table, rows in tables:
             lines += csv_lines(table, rows)
-        write_csv(args.csv, lines)
+        write_csv(args.csv, lines, named=True)
     if args.plot and tables:
         plot(args.plot, tables, args)
 

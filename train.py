@@ -116,8 +116,11 @@ def check_arguments(args, refuse) -> None:
         refuse("--official is for --method double_flow with --features and --labels")
     for name in ("epochs", "batch_size", "lr", "limit", "max_frames"):
         value = vars(args)[name]
-        if value is not None and not 0 < value < float("inf"):
-            refuse(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
+        most = 1e37 if name == "lr" else 2**31      # more overflows in torch
+        if value is not None and not 0 < value < most:
+            refuse(f"--{name.replace('_', '-')} must be greater than 0 and less than {most:g}, not {value}")
+    if not all(-2**63 <= seed < 2**63 for seed in args.seeds or ()):
+        refuse("--seeds must be of at most 64 bits")
     names = METHODS[args.method].ABLATIONS
     for name in args.ablate or ():
         if name not in ("", "all", *names):
@@ -173,7 +176,7 @@ def commit() -> str:
         for command in (["ls-files", "--error-unmatch", "train.py"],
                         ["describe", "--always", "--dirty", "--exclude=*"]):
             answer = subprocess.run(["git", *command], cwd=Path(__file__).resolve().parent, capture_output=True,
-                                    text=True, check=True)
+                                    text=True, errors="replace", check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return answer.stdout.strip()

@@ -569,7 +569,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         file.write(b"half")
         1 / 0
     assert path.read_bytes() == b"old" and len(os.listdir(tmp_path)) == 2
-    with data.replacing(link) as file:
+    with data.replacing(link, named=True) as file:
         file.write(b"new")
     assert link.is_symlink() and path.read_bytes() == b"new" and len(os.listdir(tmp_path)) == 2
 
@@ -578,10 +578,19 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     ("no/a", None, "No such"), ("full", OSError(28, "No space left on device"), "No space"), (".", None, "Is a dir")])
 def test_a_file_that_cannot_be_written_is_told_and_nothing_is_left(tmp_path, monkeypatch, path, error, text):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=f"cannot be written: {text}"), data.replacing(Path(path)) as file:
+    with pytest.raises(DataError, match=f"cannot be written: {text}"), data.replacing(Path(path), named=True) as file:
         file.write(b"x")
         raise error
     assert os.listdir() == []
+
+
+def test_a_link_that_lies_where_a_program_writes_of_itself_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / "results.json").symlink_to(tmp_path / "victim")
+    with data.replacing(tmp_path / "results.json") as file:
+        file.write(b"new")
+    assert (tmp_path / "victim").read_bytes() == b"mine"
+    assert (tmp_path / "results.json").read_bytes() == b"new" and not (tmp_path / "results.json").is_symlink()
 
 
 # ------------------------------------------------------------------------------------- feature folders
