@@ -5,7 +5,8 @@
     python train.py --method corrkd --dataset mosi --synthetic --limit 64 --epochs 1 --seeds 1 --out look
 
 Each stage of a method ends with the epoch that is best on validation. An interrupted run goes on by the same
-command, on the same machine to the same numbers (on CUDA with --deterministic). A run is a folder, <out>/<dataset>[-synthetic]/<method>[-<ablation>]/s<seed>/, with
+command, on the same machine to the same numbers (on CUDA with --deterministic). A run is a folder, of the form
+<out>/<dataset>[-synthetic]/<method>[-<ablation>]/s<seed>/, with
 
     config.json   what the run is, and the command, code and machine that began it
     log.jsonl     one line an epoch: its loss terms, its numbers on validation, the best epoch so far
