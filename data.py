@@ -21,6 +21,7 @@ Masks have one convention everywhere: `real` True = not padding; `present` True 
 """
 import argparse
 import contextlib
+import fnmatch
 import hashlib
 import math
 import os
@@ -68,6 +69,7 @@ MAX_FRAMES = 1500       # of a training clip in feature folders; our choice
 
 def printable(text: str, most: int = 100) -> str:
     """A file's own text made safe for a terminal: no control characters, no lone surrogates, not much over `most`."""
+    text = text.encode(errors="backslashreplace").decode()
     text = "".join(c if c.isprintable() else " " for c in text)
     return text if len(text) <= most else f"{text[:most - 60]} ... {text[-50:]}"
 
@@ -123,11 +125,12 @@ def replacing(path: Path, named=False):
 
 
 def say(text: str = "", to: str = "stdout") -> None:
-    """Print a line at once. Characters that the terminal lacks are escaped. An output that is closed, full or left
-    early costs no run: from then on its lines go nowhere."""
+    """Print one line at once, whatever a file or a path has put into it. Characters that the terminal lacks are
+    escaped. An output that is closed, full or left early costs no run: from then on its lines go nowhere."""
     stream = getattr(sys, to)
     if stream is None:
         return
+    text = printable(text, 2000)
     try:
         encoding = stream.encoding or "utf-8"
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
@@ -148,9 +151,10 @@ def run_program(work, stopped: str) -> int:
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except KeyboardInterrupt:
-        say(f"\n{stopped}", "stderr")
+        say(to="stderr")
+        say(stopped, "stderr")
         return 130
-    say(f"error: {printable(message, 600)}", "stderr")
+    say(f"error: {message}", "stderr")
     return 2
 
 
@@ -163,6 +167,18 @@ def opening(path: Path, advice: str):
             raise DataError(f"{path} is no regular file.")
         with open(path, "rb") as file:
             yield file
+
+
+def files_below(folder: Path, pattern: str) -> list[Path]:
+    """The files in a folder and below it whose names fit. A folder that may not be read is an OSError; rglob would pass
+    over it."""
+    def refuse(error: OSError):
+        raise error
+
+    files = []
+    for root, _, names in os.walk(folder, onerror=refuse):
+        files += [Path(root, name) for name in fnmatch.filter(names, pattern)]
+    return [path for path in files if path.is_file()]
 
 
 def sha256(path: Path) -> str:
@@ -582,6 +598,13 @@ class Frames:
         self.device = device
         return self
 
+    def is_zero(self) -> bool:
+        """Whether all frames of all clips are zeros. Reads up to the first that is not."""
+        for clip in self.ids:
+            if any(open_npy(path).any() for path in frame_files(self.folder, clip)):
+                return False
+        return True
+
     def select(self, index: torch.Tensor) -> None:
         """Only these clips from now on."""
         self.ids, self.length = [self.ids[i] for i in index.tolist()], self.length[index]
@@ -661,7 +684,8 @@ def load_folders(features: dict, labels: Path, splits, limit: int | None, max_fr
                 frames.select(index)
             label = label[index]
         real = {m: torch.arange(x.shape[1]) < x.length[:, None] for m, x in split.items()}
-        result[s] = {**split, "real": real, "label": label, "id": split["text"].ids, "lacking": []}
+        lacking = [m for m in STREAMS if split[m].is_zero()]
+        result[s] = {**split, "real": real, "label": label, "id": split["text"].ids, "lacking": lacking}
     folders = " ".join(f"{m}={folder}" for m, folder in features.items())
     return result, {
         "file": printable(f"features {folders} labels={labels}", 600),
@@ -847,14 +871,14 @@ def comparison(run: dict, source: dict, widths: dict) -> tuple[bool, str]:
     if run["limit"]:
         reasons.append(f"only the first {run['limit']} clips of each split are used")
     if sizes[2] != standard[2]:
-        reasons.append(f"{sizes[2]} test clips are not the {standard[2]} of {run['dataset']}'s standard split")
+        reasons.append(f"test has {sizes[2] or 'no'} clips, {run['dataset']}'s standard split {standard[2]}")
     if dims["text"] != widths["text"]:
         reasons.append(f"text is {dims['text']} wide, not {widths['text']}")
     if reasons:
         return False, "nothing is compared with the paper: " + "; ".join(reasons)
     for split, n, expected in zip(SPLITS, sizes, standard):
         if n != expected:
-            differences.append(f"{split} has {n} clips, the paper's {expected}")
+            differences.append(f"{split} has {n or 'no'} clips, the paper's {expected}")
     for m, width in widths.items():
         if dims[m] != width:
             differences.append(f"{m} is {dims[m]} wide, the paper's {width}")
@@ -1041,8 +1065,7 @@ def check_all(path: Path) -> int:
     """Check a file, or all pickles under a folder; 1 if there is something wrong with any of them."""
     paths, code = [path], 0
     if path.is_dir():
-        os.listdir(path)        # rglob says nothing of a folder that may not be read
-        paths = sorted(p for p in path.rglob("*.pkl") if not p.name.startswith("._") and not p.is_dir())
+        paths = sorted(p for p in files_below(path, "*.pkl") if not p.name.startswith("._"))
     if not paths:
         raise DataError(f"No .pkl file in {path}.")
     for each in paths:

@@ -31,7 +31,7 @@ import corrkd
 import data
 import double_flow
 import umdf
-from data import STREAMS, DataError
+from data import STREAMS, DataError, say
 
 METHODS = {"umdf": umdf, "corrkd": corrkd, "double_flow": double_flow}
 # What a method file offers, and all that is asked of it here and in train.py. A fourth method is one file
@@ -59,6 +59,7 @@ FORMAT = 4              # of run records: those of another one are refused
 RECORD = ("format", "method", "dataset", "task", "ablation", "seed", "limit", "normalize", "dims", "lacking",
           "config", "constant", "data")
 RUN_FILES = ("config.json", "log.jsonl", "last.pt", "model.pt", "results.json", "predictions.csv")
+DATA_SUFFIXES = (".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth")
 TITLES = {"l": "{l}", "a": "{a}", "v": "{v}", "la": "{l,a}", "lv": "{l,v}", "av": "{a,v}", "avg": "Avg.",
           "lav": "{l,a,v}"}         # column -> its title in the table of available streams
 SHOWN = ("happy", "sad", "angry", "neutral")    # the papers' order of emotions
@@ -310,8 +311,8 @@ def device_named(name: str) -> torch.device:
     try:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=name).item()      # "meta" has no values
+    except Exception:           # torch raises RuntimeError, AssertionError, ImportError, AttributeError ...
         raise DataError(f"--device {name}: this machine or this torch has no such device. "
                         "Use cpu or auto.") from None
     return torch.device(name)
@@ -341,7 +342,10 @@ def read_checkpoint(path: Path, keys, device="cpu") -> dict:
     """A checkpoint that holds these entries, or a DataError that says what is wrong with it; nothing in
     the file is run. One with a "run" is train.py's, whose record is checked, and gets "sha256", of the
     bytes that were read."""
-    with data.opening(path, "It is damaged or no checkpoint of this train.py: train it again.") as file:
+    advice = "It is damaged or no checkpoint of this train.py: train it again."
+    if "run" not in keys:
+        advice = "It is damaged or no checkpoint: download it again."
+    with data.opening(path, advice) as file:
         raw = file.read()               # once: another process may replace the file
         try:
             content = torch.load(io.BytesIO(raw), map_location=device, weights_only=True)
@@ -380,9 +384,7 @@ def run_folders(paths: list[Path]) -> list[Path]:
     """The run folders that are named or lie in a named folder, sorted."""
     folders = set()
     for path in paths:
-        if path.is_dir():
-            os.listdir(path)    # rglob says nothing of a folder that may not be read
-        models = [model for model in path.rglob("model.pt") if model.is_file()]
+        models = data.files_below(path, "model.pt") if path.is_dir() else []
         if not models:
             raise DataError(f"{path} holds no model.pt, so no run that is trained far enough: name a run "
                             "folder of train.py, or a folder that holds some.")
@@ -396,9 +398,10 @@ def check_outputs(args, folders: list[Path]) -> None:
     outputs = [path for path in (args.csv, args.plot) if path]
     targets = [Path(os.path.realpath(path)) for path in outputs]
     for path, target in zip(outputs, targets):
-        if target.name in RUN_FILES or target.is_dir() or targets.count(target) > 1:
-            raise DataError(f"{path} is a folder, has the name of a run's own file, or is named twice: "
-                            "name another file.")
+        precious = target.name in RUN_FILES or target.suffix in DATA_SUFFIXES
+        if precious or target.is_dir() or targets.count(target) > 1:
+            raise DataError(f"{path} is a folder, has the name of a run's own file or of a data file, or is named "
+                            "twice: name another file.")
     # A device or FIFO is written into; every other file is made anew in its folder.
     new = [target for path, target in zip(outputs, targets) if path.is_file() or not path.exists()]
     for folder in (*folders, *(target.parent for target in new)):
@@ -481,8 +484,8 @@ def evaluate_run(folder: Path, checkpoint: dict, loaded: dict, args, device) -> 
     write_csv(folder / "predictions.csv", prediction_lines(task, split, outputs))
     if not labelled(split):
         (folder / "results.json").unlink(missing_ok=True)       # of an earlier evaluation
-        tell(f"{folder}: the {args.split} split has no labels, or 0 for all, so there is nothing to measure; the "
-             f"answers to its {len(split['real']['text'])} clips are in predictions.csv")
+        say(f"{folder}: the {args.split} split has no labels, or 0 for all, so there is nothing to measure; the "
+            f"answers to its {len(split['real']['text'])} clips are in predictions.csv")
         return None
     results = measure(task, split, outputs, args.split, args.mask_seed)
     truth = targets(split["label"], task)[1].cpu().numpy()
@@ -511,10 +514,10 @@ def evaluate_run(folder: Path, checkpoint: dict, loaded: dict, args, device) -> 
 
 def check_group(folder: Path, records: list[dict]) -> None:
     """A DataError if runs in one folder (their records) differ in more than their seed, or not even in that."""
-    entries = [{**run, **run["config"]} for run in records]
+    entries = [{**run, **run["config"], **run["data"]} for run in records]
     for other in entries[1:]:
         differ = [name for name in entries[0] if other.get(name) != entries[0][name]]
-        differ = [name for name in differ if name not in ("seed", "config")]
+        differ = [name for name in differ if name not in ("seed", "config", "data")]
         if differ:
             raise DataError(f"The runs in {folder} are not seeds of one run: they differ in "
                             f"{', '.join(differ)}. Evaluate them one by one.")
@@ -623,11 +626,6 @@ def make_rows(table: dict, reference: str | None, rates: list[float]) -> dict:
 
 # ---------------------------------------------------------------------------------- views of the rows
 
-def tell(line: str = "") -> None:
-    """Print a line, whatever a record or a path has put into it."""
-    data.say(data.printable(line, 2000))
-
-
 def summary(kind: str, numbers: dict) -> tuple[float, float | None, int | None]:
     """Mean, sample standard deviation and n of seed -> number. The last two are None of baselines and of the
     paper, and of the difference to it, which varies just as ours does."""
@@ -662,10 +660,10 @@ def show_table(title: str, rows: dict, metrics: list[str], titles: dict) -> None
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     for line in ("", title, ""):
-        tell(line)
+        say(line)
     for first, *others in lines:
         padded = [text.rjust(width) for text, width in zip(others, widths[1:])]
-        tell("| " + " | ".join([first.ljust(widths[0]), *padded]) + " |")
+        say("| " + " | ".join([first.ljust(widths[0]), *padded]) + " |")
 
 
 def heading(name: str, runs: list[dict], args) -> list[str]:
@@ -706,10 +704,10 @@ def show(table: dict, rows: dict, args) -> None:
     which."""
     headings = {name: heading(name, runs, args) for name, runs in table.items()}
     for lines in headings.values():
-        tell(lines[0])
+        say(lines[0])
     for line in dict.fromkeys(line for lines in headings.values() for line in lines[1:]):
         names = [name for name, lines in headings.items() if line in lines]
-        tell(line if len(names) == len(table) else f"{line} ({', '.join(names)})")
+        say(line if len(names) == len(table) else f"{line} ({', '.join(names)})")
     methods = {runs[0]["run"]["method"] for runs in table.values()}
     own_titles = METHODS[methods.pop()].TABLE if len(methods) == 1 else {}
     extension = ", an extension: not in the paper" if own_titles else ""
@@ -722,12 +720,12 @@ def show(table: dict, rows: dict, args) -> None:
         if len(args.rates) > 1:
             titles["area"] = "area"
         show_table("Share of frames dropped in every stream" + extension, rows, (*MAIN, ""), titles)
-    tell()
-    tell("F1 is weighted; F1 and accuracies in %, MAE in units of the label. F1 and Acc-2 leave out the clips "
-         "of sentiment 0, has0 counts them as not negative. All metrics are in --csv.")
+    say()
+    say("F1 is weighted; F1 and accuracies in %, MAE in units of the label. F1 and Acc-2 leave out the clips "
+        "of sentiment 0, has0 counts them as not negative. All metrics are in --csv.")
     if 1.0 in args.rates:
-        tell("At 1.0 nothing is left of any clip: all clips of one length get the same answer there.")
-    tell()
+        say("At 1.0 nothing is left of any clip: all clips of one length get the same answer there.")
+    say()
 
 
 def csv_lines(table: dict, rows: dict) -> list[tuple]:

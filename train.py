@@ -50,6 +50,7 @@ from data import DataError, say
 from eval import (FORMAT, METHODS, constant, device_named, evaluate, fit_linear, read_checkpoint, score,
                   targets)
 
+START_OVER = "It is not as train.py writes it: start over with --no-resume."
 LAST = ("run", "stage", "epoch", "finished", "best", "model", "optimizer", "history")     # what last.pt holds
 
 
@@ -237,7 +238,8 @@ def begin_folder(folder: Path, run: dict, load: dict, device) -> None:
     for name in ("last.pt", "model.pt", "log.jsonl", "results.json", "predictions.csv"):
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob("*.tmp"):
-        path.unlink()
+        if not path.is_dir():
+            path.unlink()
     save_json(folder / "config.json", [{"run": run, "load": load, **machine(device)}], indent=1)
 
 
@@ -263,10 +265,14 @@ def restore(folder: Path, run: dict) -> dict | None:
         return None
     state = read_checkpoint(path, LAST)
     if state["run"] != run:
-        new, old = {**run, **run["config"]}, {**state["run"], **state["run"]["config"]}
-        differ = [name for name in new if name != "config" and new[name] != old.get(name)]
+        new, old = [{**record, **record["config"], **record["data"]} for record in (run, state["run"])]
+        differ = [name for name in new if name not in ("config", "data") and new[name] != old.get(name)]
         raise DataError(f"{folder} holds a run of another configuration (it differs in {', '.join(differ)}). "
                         "Name another folder with --out, or start over with --no-resume.")
+    with data.reading(path, START_OVER):
+        place = state["stage"], state["epoch"], len(state["history"]), state["best"]["epoch"]
+        if min(place) < 0 or set(state["best"]) != {"score", "epoch", "weights"}:
+            raise ValueError
     return state
 
 
@@ -337,8 +343,10 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
     if state is None:
         state = {"run": run, "stage": 0, "epoch": 0, "best": None, "history": []}
     else:
-        model.load_state_dict(state["model"])
-        say(f"continuing after {stages[state['stage']]} epoch {state['epoch']}")
+        with data.reading(folder / "last.pt", START_OVER):
+            model.load_state_dict(state["best"]["weights"])     # wanted at the end of the stage: do they fit?
+            model.load_state_dict(state["model"])
+            say(f"continuing after {stages[state['stage']]} epoch {state['epoch']}")
 
     for number in range(state["stage"], len(stages)):
         stage, last = stages[number], number == len(stages) - 1
@@ -346,7 +354,8 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
         learning = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(learning, lr=config.lr, weight_decay=config.weight_decay)
         if state["epoch"]:
-            optimizer.load_state_dict(state["optimizer"])
+            with data.reading(folder / "last.pt", START_OVER):
+                optimizer.load_state_dict(state["optimizer"])
         teacher = teacher_rows(model, loaded["train"], index)
         sets = data.answerable(model.stages[stage], run["lacking"])     # the best epoch is chosen on these
 
@@ -435,7 +444,8 @@ def train_all(args) -> None:
     for run in runs:
         folder = run_folder(args, run)
         folder.mkdir(parents=True, exist_ok=True)
-        say(f"\n{folder}")
+        say()
+        say(str(folder))
         state = None if args.no_resume else restore(folder, run)
         if state and state["finished"]:
             say("finished already")
@@ -445,7 +455,8 @@ def train_all(args) -> None:
             train(run, folder, loaded, load, linear, device, state)
         if folder.parent not in groups:
             groups.append(folder.parent)
-    say(f"\nthe test table: python eval.py {shlex.join(map(str, groups))}")
+    say()
+    say(f"the test table: python eval.py {shlex.join(map(str, groups))}")
 
 
 def main(argv=None) -> int:

@@ -187,7 +187,9 @@ def test_a_file_whose_sizes_are_another_data_sets_is_refused(tmp_path, monkeypat
 
 @pytest.mark.parametrize("change, compared, text", [
     ({}, True, ""), ({"sizes": [1283, 214, 686]}, True, "train has 1283 clips, the paper's 1284; valid has 214 clips"),
-    ({"sizes": [1284, 229, 685]}, False, "685 test clips are not the 686"), ({"synthetic": True}, False, "SYNTHETIC"),
+    ({"sizes": [1284, 229, 685]}, False, "test has 685 clips, mosi's standard split 686"),
+    ({"sizes": [1284, 229, None]}, False, "test has no clips"), ({"synthetic": True}, False, "SYNTHETIC"),
+    ({"sizes": [None, 229, 686]}, True, "train has no clips, the paper's 1284"),
     ({"text": 768}, False, "text is 768 wide, not 300"), ({"limit": 9}, False, "only the first 9 clips"),
     ({"audio": 5}, True, "audio is 5 wide")])
 def test_what_may_stand_beside_print(change, compared, text):
@@ -537,7 +539,7 @@ def test_check_says_what_a_file_is_and_goes_on_after_a_bad_one(tmp_path, capsys)
     assert len(error.splitlines()) == 1 and "a.pkl is refused: it is empty" in error
     for part in ("layout MulT", "SHA-256 " + data.sha256(tmp_path / "mosi_data.pkl"), "train: 5 clips",
                  "(5, 12, 4) float32, 1 values of -inf read as 0", "mean 5.0, most 7", "clips of zeros alone: 1",
-                 "5 clips stand in both train and test", "5 test clips are not the 686 of mosi's standard split"):
+                 "5 clips stand in both train and test", "test has 5 clips, mosi's standard split 686"):
         assert part in out, (part, out)
 
 
@@ -556,7 +558,7 @@ def test_no_text_stops_the_printing_and_a_terminal_gets_no_commands(monkeypatch)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     data.say("1\xb12 \ud800")
     assert sys.stdout.buffer.getvalue() == rb"1\xb12 \ud800" + os.linesep.encode()
-    assert data.printable("a\x1b]0;\ud800\u202e\n") == "a ]0;   " and len(data.printable("x" * 1000)) < 120
+    assert data.printable("a\x1b]0;\ud800\u202e\n") == "a ]0;\\ud800  " and len(data.printable("x" * 1000)) < 120
     assert str(DataError("a\nb" * 1000)).isprintable() and len(str(DataError("a\nb" * 1000))) <= 600
 
 
@@ -624,6 +626,15 @@ def test_a_changed_file_changes_the_fingerprint_and_nothing_else_does(tmp_path):
     source = data.load("mosei", splits=SPLITS, normalize=False, **where)["source"]
     assert prints[0] == prints[1] != source["sha256"]
     assert "fingerprint of names, sizes and times" in data.identity(source) and "SHA" not in data.identity(source)
+
+
+def test_a_stream_of_zeros_in_one_split_of_feature_folders_is_lacking(tmp_path):
+    where, truth, corpus = feature_folders(tmp_path, sizes=(3, 2, 2))
+    for clip in corpus["test_corpus"]:
+        np.save(Path(where["features"]["audio"]) / f"{clip}.npy", np.zeros((2, FOLDERS["audio"])))
+    loaded = [data.load("mosei", splits=(s,), normalize=False, **where) for s in SPLITS]
+    assert [each["lacking"] for each in loaded] == [[], [], ["audio"]]
+    assert any("test has no audio" in note for note in loaded[2]["source"]["notes"])
 
 
 def labelled(where, clip, value=1.0):

@@ -1,5 +1,6 @@
 """eval.py: metrics by hand, masks, predictions, the linear baseline, checkpoints from elsewhere, tables, outputs."""
 import csv
+import errno
 import json
 import os
 import re
@@ -435,10 +436,24 @@ def test_mistakes_are_told_before_the_evaluation(copied, tmp_path, monkeypatch, 
     os.symlink(own, link)
     for more, said in ((["--csv", tmp_path / "nowhere/t.csv"], "No such file"), (["--csv", tmp_path], "is a folder"),
                        (["--csv", own], "a run's own file"), (["--csv", link], "a run's own file"),
+                       (["--csv", tmp_path / "mosi_data.pkl"], "or of a data file"),
                        (["--csv", twice, "--plot", twice], "named twice"), (["--plot", "x.xyz"], "ends in .png"),
                        ([tmp_path / "nowhere"], "holds no model.pt"), ([__file__], "holds no model.pt")):
         assert said in refused(capsys, copied[0], *more)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corrkd", "link.csv"]
+
+
+def test_a_folder_below_that_may_not_be_read_is_told(copied, tmp_path, monkeypatch, capsys):
+    locked, scandir = tmp_path / "locked", os.scandir
+    locked.mkdir()
+
+    def refusing(path):
+        if str(path) == str(locked):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert f"{locked}: Permission denied" in refused(capsys, tmp_path, "--rates")
 
 
 def test_a_fifo_is_written_into(copied, tmp_path, capsys):

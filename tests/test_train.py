@@ -109,6 +109,27 @@ def test_another_configuration_in_a_runs_folder_is_refused(trained, capsys, chan
     assert f"another configuration (it differs in {entry}" in error and len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize("change", [{"best": None}, {"best": {}}, {"stage": 7}, {"stage": -1}, {"history": None},
+                                    {"model": {}}, {"optimizer": {}}])
+def test_a_last_pt_that_does_not_fit_its_run_is_told(tmp_path, monkeypatch, capsys, change):
+    written(tmp_path / "data", learnable(n=12))
+    save, first = train.save, []
+
+    def stop(path, content):
+        save(path, content)
+        first.append(path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", stop)
+        assert run(tmp_path) == 130 and first[0].name == "last.pt"
+    save(first[0], {**torch.load(first[0], weights_only=True), **change})
+    before = first[0].read_bytes()
+    assert run(tmp_path) == 2 and first[0].read_bytes() == before
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{first[0]} is refused" in error and "start over with --no-resume" in error
+
+
 def test_starting_over_replaces_a_run_once_its_first_epoch_is_there(tmp_path, monkeypatch):
     written(tmp_path / "data", learnable(n=12))
     assert run(tmp_path, epochs="2") == 0
@@ -117,6 +138,7 @@ def test_starting_over_replaces_a_run_once_its_first_epoch_is_there(tmp_path, mo
         patch.setattr(train, "train_epoch", lambda *arguments: signal.raise_signal(signal.SIGINT))
         assert run(tmp_path, "--no-resume", epochs="1") == 130
     assert all(path.read_bytes() == content for path, content in before.items())
+    (tmp_path / "runs/mosi/corrkd/s1/folder.tmp").mkdir()       # a user's own: left alone
     assert run(tmp_path, "--no-resume", epochs="1") == 0
     assert [line["stage"] for line in history(tmp_path)] == ["teacher", "student"]
 
@@ -296,7 +318,7 @@ def test_a_run_folder_of_a_published_checkpoint_holds_its_weights(tmp_path, caps
     base = ["--method", "double_flow", "--out", tmp_path / "runs", *feature_arguments(tmp_path)]
     no_mia = [*base, "--ablate", "no_mia", "--batch-size", "8", *QUICK]
     assert run_main(*no_mia) == 0 and run_main(*no_mia, "--max-frames", "5") == 2
-    assert "another configuration (it differs in constant, data" in capsys.readouterr().err
+    assert "another configuration (it differs in constant, max_frames)" in capsys.readouterr().err
     best = saved(tmp_path, "model.pt", "mosei/double_flow-no_mia/s1")
     model = double_flow.DoubleFlow(best["run"]["dims"], "regression", double_flow.Config(mia="off"))
     model.load_state_dict(best["model"])
@@ -312,7 +334,7 @@ def test_a_run_folder_of_a_published_checkpoint_holds_its_weights(tmp_path, caps
 
 
 @pytest.mark.parametrize("content, sentence", [({"state_dict": {"x": torch.zeros(1)}}, "is missing"),
-                                               ("nothing", "bad.pth"), (None, "does not exist")])
+                                               ("nothing", "download it again"), (None, "does not exist")])
 def test_what_is_no_published_checkpoint_is_told(tmp_path, capsys, content, sentence):
     path = tmp_path / "bad.pth"
     if content == "nothing":
@@ -347,6 +369,7 @@ MISTAKES = {
     "unknown ablation": (["--synthetic", "--ablate", "no_sdc"], "no_sdc: corrkd has no_scd"),
     "unknown beside all": (["--synthetic", "--ablate", "all", "nothing"], "nothing: corrkd has no_scd"),
     "no such device": (["--synthetic", "--device", "cuda:77"], "has no such device"),
+    "no device at all": (["--synthetic", "--device", "meta"], "has no such device"),
     "zero epochs": (["--synthetic", "--epochs", "0"], "--epochs must be greater than 0"),
     "out is a file": (["--synthetic", "--limit", "40", "--out", "bad.pkl"], "bad.pkl"),
     "two sources": (["--synthetic", "--data-dir", "data"], "--synthetic and --data-dir exclude each other"),
