@@ -28,12 +28,12 @@ group's next paper prints it (HRLF, NeurIPS 2024); not checked against this pape
   (5) c_k = mean of H_i over class k in the batch,  M_k(i) = cos(H_i, c_k)  (~)       prototype_consistency
   (6) CPD = 1/(N K) sum_i sum_k (M_k^s(i) - M_k^t(i))^2,  K classes in the batch (~)  prototype_consistency
       (*) A class that the batch lacks has no prototype and is left out.
-  (7) U = [R_y],  V = [R_c for c != y]  in R^(C-1)                          CorrKD.response_consistency
+  (7) U = [R_y],  V = [R_c for c != y]  in R^(C-1)                                 response_consistency
       (*) Not renormalised: with two classes V would be the constant 1.
   (8) I(a, b) = E_p(a,b)[-sp(-T(a, b))] - E_p(a)p(b)[sp(T(a, b))]  (~)                jsd_mutual_information
       (*) T is an MLP 2k-64-64-1 for each of U and V, trained with the student. The product of marginals
       is every pair i != j of the batch, so that nothing is drawn.
-  (9) RCD = -I_1(U^t, U^s) - I_2(V^t, V^s)                                  CorrKD.response_consistency
+  (9) RCD = -I_1(U^t, U^s) - I_2(V^t, V^s)                                         response_consistency
   (10) total = CE(R^s, y) + SCD + CPD + RCD                                           CorrKD.losses
       (*) CE, CPD and RCD are means over the G decisions; SCD has no classes and is computed once.
 (*) The student starts from random weights, as HRLF's does. The gradient norm is clipped to 1.
@@ -144,10 +144,12 @@ def learning_rate_factor(epoch: int) -> float:
 
 
 def check_names(names, what: str) -> None:
-    """A ValueError unless these are the streams, none too few and none that would be ignored."""
-    if set(names) - {"simulated_text"} != set(STREAMS):         # which only Double-Flow uses
-        raise ValueError(f"{what}: {', '.join(names)}. The streams are {', '.join(STREAMS)}; "
-                         "give zeros of width 1 for one that you do not have")
+    """A ValueError unless these are the streams, none too few and none that would be ignored: simulated
+    text is Double-Flow's alone."""
+    if not isinstance(names, dict) or set(names) - {"simulated_text"} != set(STREAMS):
+        given = ", ".join(names) if isinstance(names, dict) else f"a {type(names).__name__}"
+        raise ValueError(f"{what} must be a dict of {', '.join(STREAMS)}, not {given}; "
+                         "give zeros of width 1 for a stream that you do not have")
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -238,17 +240,28 @@ class Network(nn.Module):
         return h, self.classifier(h)
 
 
+def unit(h: Tensor) -> Tensor:
+    """The rows of h (N, D) at unit length. A row of zeros stays zeros and gets a plain gradient, which
+    F.normalize would multiply by 10^12."""
+    length = h.norm(dim=-1, keepdim=True)
+    return h / length.masked_fill(length < 1e-6, 1.0)
+
+
 def sample_contrastive(student: Tensor, teacher: Tensor, margin: float,
                        normalize: bool = True) -> Tensor:
     """SCD, (4): mean_i |s_i - t_i|^2 + mean over pairs i != j of max(0, margin - |s_i - t_j|)^2.
 
-    student, teacher (N, D); they are brought to unit length first, unless normalize is False. The
-    teacher gets no gradient. With N = 1 there is no negative pair. The gradient is finite at distance 0.
+    student, teacher: H (N, D), row i of both from the same clip; they are brought to unit length first,
+    unless normalize is False. margin: 1.2 for MOSI, see PAPER. The teacher gets no gradient. With N = 1
+    there is no negative pair. The gradient is finite at distance 0.
     """
+    if student.dim() != 2 or student.shape != teacher.shape:
+        raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} "
+                         "must both be (N, D)")
     n = len(student)
     student, teacher = full_precision(student), full_precision(teacher.detach())
     if normalize:
-        student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+        student, teacher = unit(student), unit(teacher)
     positive = (student - teacher).square().sum(-1).mean()
     if n == 1:
         return positive
@@ -262,16 +275,20 @@ def sample_contrastive(student: Tensor, teacher: Tensor, margin: float,
 def prototype_consistency(student: Tensor, teacher: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """CPD, (5) and (6): mean over clips i and classes k of (cos(s_i, c_k^s) - cos(t_i, c_k^t))^2.
 
-    student, teacher (N, D); labels (N,) long in [0, num_classes). The teacher gets no gradient. c_k is
-    each network's mean over the clips of class k in this batch; a class that the batch lacks is left out.
+    student, teacher: H (N, D), the teacher's of any width; labels (N,) long in [0, num_classes). The
+    teacher gets no gradient. c_k is each network's mean over the clips of class k in this batch; a class
+    that the batch lacks is left out.
     """
+    if labels.dim() != 1 or not len(student) == len(teacher) == len(labels):
+        raise ValueError(f"labels {tuple(labels.shape)} must be (N,), a class for each of the {len(student)} "
+                         f"rows of student and the {len(teacher)} of teacher")
     student, teacher = full_precision(student), full_precision(teacher.detach())
     member = F.one_hot(labels, num_classes).to(student)                 # (N, C)
     count = member.sum(0)
 
     def similarity(h: Tensor) -> Tensor:                                # M (N, C)
         prototypes = member.T @ h / count.clamp(min=1)[:, None]
-        return F.normalize(h, dim=-1) @ F.normalize(prototypes, dim=-1).T
+        return unit(h) @ unit(prototypes).T
 
     # An absent class has the prototype 0, hence similarity 0 in both networks: it is only not counted.
     with torch.autocast(student.device.type, enabled=False):            # which would multiply in half precision
@@ -299,6 +316,21 @@ def critic_of(width: int) -> nn.Sequential:
     """T of (8) for two parts of this width."""
     return nn.Sequential(nn.Linear(2 * width, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
                          nn.Linear(64, 1))
+
+
+def response_consistency(critics, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """RCD, (7) and (9): -I_1(U^t, U^s) - I_2(V^t, V^s), at least 0.
+
+    critics: (critic_of(1), critic_of(C - 1)), for U and for V; their parameters learn with the student.
+    student, teacher: R (N, C), probabilities; labels (N,) long in [0, C). The teacher gets no gradient.
+    """
+    y = labels[:, None]                                                 # (N, 1)
+    others = torch.arange(student.shape[1] - 1, device=labels.device).expand(len(y), -1)
+    others = others + (others >= y)                                     # the classes but y (N, C - 1)
+    teacher = teacher.detach()
+    u = jsd_mutual_information(critics[0], teacher.gather(1, y), student.gather(1, y))
+    v = jsd_mutual_information(critics[1], teacher.gather(1, others), student.gather(1, others))
+    return -u - v
 
 
 class CorrKD(nn.Module):
@@ -423,25 +455,15 @@ class CorrKD(nn.Module):
             each = [prototype_consistency(h, h_t, labels, self.classes) for labels in y.T]
             terms["cpd"] = torch.stack(each).mean()
         if c.rcd:
-            terms["rcd"] = self.response_consistency(f.softmax(-1), f_t.softmax(-1), y)
+            decisions = zip(f.softmax(-1).unbind(1), f_t.softmax(-1).unbind(1), y.unbind(1))
+            each = [response_consistency(self.critics, *decision) for decision in decisions]
+            terms["rcd"] = torch.stack(each).mean()
         if c.kl:
             kl = F.kl_div(f.log_softmax(-1), f_t.log_softmax(-1), log_target=True, reduction="none")
             terms["kl"] = kl.sum(-1).mean()
         weights = {"task": 1.0, "scd": c.scd, "cpd": c.cpd, "rcd": c.rcd, "kl": c.kl}
         terms["total"] = sum(weights[name] * term for name, term in terms.items())  # (10)
         return terms
-
-    def response_consistency(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        """RCD, (7) and (9), the mean over decisions. student, teacher: R (B, G, C); target (B, G)."""
-        y = target[..., None]                                           # (B, G, 1)
-        others = torch.arange(self.classes - 1, device=target.device).expand(*target.shape, -1)
-        others = others + (others >= y)                                 # the classes but y (B, G, C - 1)
-        total = 0.0
-        for critic, column in zip(self.critics, (y, others)):           # U, then V
-            a, b = teacher.gather(-1, column), student.gather(-1, column)
-            for g in range(target.shape[1]):
-                total = total - jsd_mutual_information(critic, a[:, g], b[:, g])
-        return total / target.shape[1]
 
 
 Model = CorrKD

@@ -135,10 +135,12 @@ def learning_rate_factor(epoch: int) -> float:
 
 
 def check_names(names, what: str) -> None:
-    """A ValueError unless these are the streams, none too few and none that would be ignored."""
-    if set(names) - {"simulated_text"} != set(STREAMS):         # which only Double-Flow uses
-        raise ValueError(f"{what}: {', '.join(names)}. The streams are {', '.join(STREAMS)}; "
-                         "give zeros of width 1 for one that you do not have")
+    """A ValueError unless these are the streams, none too few and none that would be ignored: simulated
+    text is Double-Flow's alone."""
+    if not isinstance(names, dict) or set(names) - {"simulated_text"} != set(STREAMS):
+        given = ", ".join(names) if isinstance(names, dict) else f"a {type(names).__name__}"
+        raise ValueError(f"{what} must be a dict of {', '.join(STREAMS)}, not {given}; "
+                         "give zeros of width 1 for a stream that you do not have")
 
 
 def sinusoid(length: int, width: int, device=None) -> Tensor:

@@ -63,23 +63,40 @@ def test_prototype_consistency_is_equations_5_and_6(labels):
     assert got.item() == pytest.approx(total / (7 * len(set(labels))), rel=1e-12)
 
 
-@pytest.mark.parametrize("task, classes, decisions", TASKS)
-def test_response_consistency_is_equations_7_to_9(task, classes, decisions):
-    model = model_of(task, classes).double()
-    r, r_t = (torch.rand(5, decisions, classes, dtype=torch.float64) for _ in range(2))
-    y = target_of(task, classes).reshape(5, decisions)
-    expected = 0.0
-    for g in range(decisions):
-        u, u_t, v, v_t = [], [], [], []
-        for i in range(5):
-            others = [c for c in range(classes) if c != y[i, g]]
-            u.append(r[i, g, y[i, g]].reshape(1))
-            u_t.append(r_t[i, g, y[i, g]].reshape(1))
-            v.append(r[i, g, others])
-            v_t.append(r_t[i, g, others])
-        expected -= information(model.critics[0], u_t, u) / decisions
-        expected -= information(model.critics[1], v_t, v) / decisions
-    assert model.response_consistency(r, r_t, y).item() == pytest.approx(expected, rel=1e-12)
+@pytest.mark.parametrize("classes", [2, 4])
+def test_response_consistency_is_equations_7_to_9(classes):
+    critics = corrkd.critic_of(1).double(), corrkd.critic_of(classes - 1).double()
+    r, r_t = (torch.rand(5, classes, dtype=torch.float64) for _ in range(2))
+    y = torch.randint(0, classes, (5,))
+    u, u_t, v, v_t = [], [], [], []
+    for i in range(5):
+        others = [c for c in range(classes) if c != y[i]]
+        u.append(r[i, y[i]].reshape(1))
+        u_t.append(r_t[i, y[i]].reshape(1))
+        v.append(r[i, others])
+        v_t.append(r_t[i, others])
+    expected = -information(critics[0], u_t, u) - information(critics[1], v_t, v)
+    assert corrkd.response_consistency(critics, r, r_t, y).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", [lambda h, t: corrkd.sample_contrastive(h, t, 1.2),
+                                  lambda h, t: corrkd.prototype_consistency(h, t, torch.arange(6) % 3, 3)])
+def test_a_row_of_zeros_gets_a_gradient_of_plain_size(loss):
+    h, t = torch.randn(6, 5), torch.randn(6, 5)
+    h[2] = 0
+    h.requires_grad_()
+    loss(h, t).backward()
+    assert h.grad.isfinite().all() and 0 < h.grad[2].norm() < 10
+
+
+def test_rows_that_do_not_match_are_told():
+    h, y = torch.randn(6, 5), torch.arange(6) % 2
+    for student, teacher in ((h, h[:1]), (h, h[:, :2]), (h, h[None]), (h[None], h[None])):
+        with pytest.raises(ValueError, match="must both be"):
+            corrkd.sample_contrastive(student, teacher, 1.2)
+    for student, teacher, labels in ((h, h[:4], y), (h, h, y[:4]), (h, h, y[:, None])):
+        with pytest.raises(ValueError, match="a class for each of the 6"):
+            corrkd.prototype_consistency(student, teacher, labels, 2)
 
 
 @pytest.mark.parametrize("task, classes, decisions", TASKS)
@@ -93,8 +110,10 @@ def test_the_total_is_equation_10_written_out(task, classes, decisions):
     y = target.reshape(5, decisions)
     r, r_t = (x.detach().view(5, decisions, classes).softmax(-1) for x in (f, f_t))
     expected = {"task": 0.0, "scd": corrkd.sample_contrastive(h, h_t, 1.2).item(), "cpd": 0.0,
-                "rcd": model.response_consistency(r, r_t, y).item(), "kl": 0.0}
+                "rcd": 0.0, "kl": 0.0}
     for g in range(decisions):
+        rcd = corrkd.response_consistency(model.critics, r[:, g], r_t[:, g], y[:, g])
+        expected["rcd"] += rcd.item() / decisions
         expected["cpd"] += corrkd.prototype_consistency(h, h_t, y[:, g], classes).item() / decisions
         for i in range(5):
             expected["task"] -= math.log(r[i, g, y[i, g]]) / (5 * decisions)
