@@ -287,6 +287,8 @@ def rank_n_contrast(features: Tensor, labels: Tensor, temperature: float = 2.0) 
     underflows. One vector has no pair: 0.
     """
     n = len(features)
+    if len(labels) != n:
+        raise ValueError(f"{len(labels)} labels for {n} rows of features")
     if n < 2:
         return features.new_zeros(())
     features = full_precision(features)

@@ -163,6 +163,11 @@ def test_rank_n_contrast_is_the_loop(name):
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_rank_n_contrast_with_a_label_too_many_is_told():
+    with pytest.raises(ValueError, match="8 labels for 4 rows"):
+        rank_n_contrast(torch.randn(4, 5), torch.randn(8))
+
+
 @pytest.mark.parametrize("x", [[[0, 0], [1000, 0], [0, 1000], [3000, 3000]], [[1, 1]] * 4])
 def test_rank_n_contrast_of_vectors_far_apart_and_equal(x):
     """exp underflows in float32 at a distance of 206; the root has no gradient at 0."""
