@@ -29,6 +29,7 @@ import pickle
 import re
 import secrets
 import sys
+import tempfile
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -71,7 +72,7 @@ def printable(text: str, most: int = 100) -> str:
     """A file's own text made safe for a terminal: no control characters, no lone surrogates, not much over `most`."""
     text = text.encode(errors="backslashreplace").decode()
     text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= most else f"{text[:most - 60]} ... {text[-50:]}"
+    return text if len(text) <= most else f"{text[:most * 2 // 3]} ... {text[-most // 5:]}"
 
 
 class DataError(Exception):
@@ -95,10 +96,16 @@ def reading(what, advice: str):
     except MemoryError:
         raise DataError(f"{what} is refused: it asks for more memory than there is. {advice}") from None
     except Exception as error:
-        reason = type(error).__name__
+        reason = f" ({type(error).__name__})"
         if isinstance(error, (pickle.UnpicklingError, EOFError)):   # their messages say what is wrong
-            reason = " ".join(str(error).split()).rstrip(".")
-        raise DataError(f"{what} is refused: {reason}. {advice}") from None
+            reason = ": " + (" ".join(str(error).split()).rstrip(".") or "it is empty or cut off")
+        raise DataError(f"{what} is refused{reason}. {advice}") from None
+
+
+def is_special(path: Path) -> bool:
+    """Whether to write into what is there, a device or FIFO, instead of making the file anew. /dev/stdout may lead to
+    a plain file, which holds what was printed so far."""
+    return path.exists() and not path.is_file() or str(path).startswith(("/dev/", "/proc/"))
 
 
 @contextlib.contextmanager
@@ -106,12 +113,12 @@ def replacing(path: Path, named=False):
     """A binary file to write, which takes the place of `path` once it is whole: a reader never sees half of it. Of a
     path that the user named a link is followed, a device or FIFO written into; what lies in a run folder is replaced,
     never followed. DataError, and nothing left behind, if it cannot be written."""
-    special = named and path.exists() and not path.is_file()
+    special = named and is_special(path)
     target = Path(os.path.realpath(path)) if named else path
     temporary = target.with_name(f"{secrets.token_hex(8)}.tmp")
     try:
         if special:             # by its own name: where /dev/fd/3 leads, no path may lie
-            with open(path, "wb") as file:
+            with open(path, "ab") as file:
                 yield file
         else:
             with open(temporary, "xb") as file:         # x: never through a link that somebody put there
@@ -169,16 +176,24 @@ def opening(path: Path, advice: str):
             yield file
 
 
-def files_below(folder: Path, pattern: str) -> list[Path]:
-    """The files in a folder and below it whose names fit. A folder that may not be read is an OSError; rglob would pass
-    over it."""
-    def refuse(error: OSError):
-        raise error
+def check_writable(folder: Path) -> None:
+    """A DataError if no file can be made in this folder."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise DataError(f"Nothing can be written into {folder}: {error.strerror}.") from None
 
-    files = []
-    for root, _, names in os.walk(folder, onerror=refuse):
+
+def files_below(folder: Path, pattern: str) -> tuple[list[Path], list[str]]:
+    """The files in a folder and below it whose names fit, and an error for each folder that may not be read."""
+    files, errors = [], []
+
+    def note(error: OSError):
+        errors.append(f"{error.filename}: {error.strerror}")
+
+    for root, _, names in os.walk(folder, onerror=note):
         files += [Path(root, name) for name in fnmatch.filter(names, pattern)]
-    return [path for path in files if path.is_file()]
+    return [path for path in files if path.is_file()], errors
 
 
 def sha256(path: Path) -> str:
@@ -360,7 +375,7 @@ def find(dataset: str | None, data_dir: str | Path) -> Path:
                     return folder / name
         absent = "" if root.exists() else ", which does not exist"
     raise DataError(f"No file of {dataset} in {root}{absent}: looked for {', '.join(FILES[dataset])}. "
-                    "Get one from where the README says, or add --synthetic to run on made-up data.")
+                    "Get one from where the README says; train.py --synthetic runs on made-up data.")
 
 
 # ---------------------------------------------------------------------------------- a split as tensors
@@ -714,10 +729,11 @@ def shared_clips(ids: dict[str, list[str]]) -> list[str]:
 
 
 def data_set_of(sizes: list) -> str | None:
-    """The data set that a file's three sizes say: each within a tenth of the standard one, as the same data set's
+    """The data set that a file's sizes say: each within a tenth of the standard one, as the same data set's
     releases are of each other."""
     for name, standard in SIZES.items():
-        if all(n is not None and abs(n - m) <= m / 10 for n, m in zip(sizes, standard)):
+        near = [abs(n - m) <= m / 10 for n, m in zip(sizes, standard) if n is not None]
+        if all(near) and len(near) > 1:         # one split alone may be of about that size by chance
             return name
     return None
 
@@ -781,8 +797,8 @@ def content_notes(dataset: str, result: dict) -> list[str]:
     for s, split in result.items():
         if split["lacking"]:
             names = " and no ".join(split["lacking"])
-            notes.append(f"{s} has no {names}: sets with it are not answered and count in no average; {{l,a,v}} is "
-                         "all that there is")
+            notes.append(f"{s} has no {names}: a set with it is not answered and counts in no average; {{l,a,v}} is "
+                         "what there is")
     labels = [split["label"] for split in result.values() if split["label"] is not None]
     if dataset != "iemocap" and labels and all(label.abs().max() <= 1 for label in labels):
         notes.append("all labels lie within [-1, 1]: Acc-7, which is of [-3, 3], means nothing")
@@ -822,8 +838,8 @@ def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "v
     wrong with the files.
     """
     if features and (normalize or dataset == "iemocap" or labels is None):
-        raise DataError("--features needs --labels FILE, Double-Flow's label_official.npz, and holds sentiment "
-                        "clips that are used as they are: mosi or mosei, without --normalize.")
+        raise DataError("--features is for --dataset mosi or mosei, with --labels FILE, Double-Flow's "
+                        "label_official.npz; from Python with normalize=False.")
     if features:
         result, source = load_folders(features, Path(labels), splits, limit, max_frames)
     elif synthetic:
@@ -1052,7 +1068,9 @@ def check(path: Path) -> None:
             empty = int((~split[m].flatten(1).any(1)).sum())
             say(f"    {m:6s} {tuple(split[m].shape)} {split['details'][m]}; real frames: mean {n.mean():.1f}, "
                 f"most {n.max():.0f}; clips of zeros alone: {empty}")
-        if split["label"] is not None:
+        if split["label"] is None:
+            say("    no labels")
+        else:
             y = split["label"]
             say(f"    labels: {y.min():.1f} to {y.max():.1f}, mean {y.mean(0).tolist()}")
     _, text = comparison({**loaded, "limit": None}, source, GLOVE)
@@ -1063,10 +1081,14 @@ def check(path: Path) -> None:
 
 def check_all(path: Path) -> int:
     """Check a file, or all pickles under a folder; 1 if there is something wrong with any of them."""
-    paths, code = [path], 0
+    paths, errors, code = [path], [], 0
     if path.is_dir():
-        paths = sorted(p for p in files_below(path, "*.pkl") if not p.name.startswith("._"))
-    if not paths:
+        paths, errors = files_below(path, "*.pkl")
+        paths = sorted(p for p in paths if not p.name.startswith("._"))
+    for error in errors:
+        say(f"error: {error}", "stderr")
+        code = 1
+    if not paths and not errors:
         raise DataError(f"No .pkl file in {path}.")
     for each in paths:
         try:

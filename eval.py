@@ -5,7 +5,7 @@
     python eval.py runs/mosi/corrkd/s1111 --data-dir mine.pkl    clips of one's own, labelled or not
 
 The runs of one folder differ in their seed alone and are averaged. Each run folder gets results.json,
-every number, and predictions.csv, every answer.
+every number, and predictions.csv, every answer, in the place of an earlier evaluation's.
 """
 import argparse
 import csv
@@ -17,10 +17,10 @@ import os
 import pickle
 import statistics
 import sys
-import tempfile
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -55,11 +55,12 @@ METHODS = {"umdf": umdf, "corrkd": corrkd, "double_flow": double_flow}
 #     represent(streams, real)                -> h (B, width)
 #     classify(h)                             -> (B, 1), (B, 2) or (B, 4, 2); forward is both
 #     encode(name, stream, real)              -> (B, d), h being the three side by side; None if they interact
+AGAIN = "It is not as this train.py writes it: remove it, and the same train.py command makes it again."
 FORMAT = 4              # of run records: those of another one are refused
 RECORD = ("format", "method", "dataset", "task", "ablation", "seed", "limit", "normalize", "dims", "lacking",
           "config", "constant", "data")
 RUN_FILES = ("config.json", "log.jsonl", "last.pt", "model.pt", "results.json", "predictions.csv")
-DATA_SUFFIXES = (".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth")
+CSV_START = b"dataset,synthetic,"      # how a file of --csv begins
 TITLES = {"l": "{l}", "a": "{a}", "v": "{v}", "la": "{l,a}", "lv": "{l,v}", "av": "{a,v}", "avg": "Avg.",
           "lav": "{l,a,v}"}         # column -> its title in the table of available streams
 SHOWN = ("happy", "sad", "angry", "neutral")    # the papers' order of emotions
@@ -79,7 +80,8 @@ def targets(label: torch.Tensor, task: str) -> tuple[torch.Tensor, torch.Tensor]
     if task == "polarity":
         index = label.nonzero()[:, 0]
         if len(index) == 0:
-            raise DataError("A split has no clip whose sentiment is not 0: no polarity to learn or measure.")
+            raise DataError("All sentiments of a split are 0: there is nothing positive or negative to learn or "
+                            "measure.")
         return index, (label[index] > 0).long()
     every_clip = torch.arange(len(label), device=label.device)
     return every_clip, label if task == "regression" else label.long()
@@ -338,13 +340,10 @@ def check_record(run: dict) -> None:
     json.dumps(run)     # a TypeError unless all values are plain
 
 
-def read_checkpoint(path: Path, keys, device="cpu") -> dict:
-    """A checkpoint that holds these entries, or a DataError that says what is wrong with it; nothing in
-    the file is run. One with a "run" is train.py's, whose record is checked, and gets "sha256", of the
-    bytes that were read."""
-    advice = "It is damaged or no checkpoint of this train.py: train it again."
-    if "run" not in keys:
-        advice = "It is damaged or no checkpoint: download it again."
+def read_checkpoint(path: Path, keys, advice: str, device="cpu") -> dict:
+    """A checkpoint that holds these entries, or a DataError that says what is wrong with it and gives this
+    advice; nothing in the file is run. One with a "run" is train.py's, whose record is checked, and gets
+    "sha256", of the bytes that were read."""
     with data.opening(path, advice) as file:
         raw = file.read()               # once: another process may replace the file
         try:
@@ -367,7 +366,7 @@ def build(run: dict, weights: dict, path: Path, device) -> torch.nn.Module:
     """The model of a run record with these weights (a state_dict, read from `path`), ready to answer; or
     a DataError."""
     module = METHODS[run["method"]]
-    with data.reading(path, f"It does not fit {run['method']}.py: train it again."):
+    with data.reading(path, AGAIN):
         # On the device "meta" tensors have no values, so no memory is asked for before the weights are
         # known to have the shapes that the record claims. Layers are objects there too: counted first.
         if run["config"].get("layers", 0) > len(weights):
@@ -384,7 +383,11 @@ def run_folders(paths: list[Path]) -> list[Path]:
     """The run folders that are named or lie in a named folder, sorted."""
     folders = set()
     for path in paths:
-        models = data.files_below(path, "model.pt") if path.is_dir() else []
+        if not path.is_dir():
+            raise DataError(f"{path} is no folder: name a run folder of train.py, or a folder that holds some.")
+        models, errors = data.files_below(path, "model.pt")
+        if errors:
+            raise DataError(f"{errors[0]}.")
         if not models:
             raise DataError(f"{path} holds no model.pt, so no run that is trained far enough: name a run "
                             "folder of train.py, or a folder that holds some.")
@@ -398,23 +401,25 @@ def check_outputs(args, folders: list[Path]) -> None:
     outputs = [path for path in (args.csv, args.plot) if path]
     targets = [Path(os.path.realpath(path)) for path in outputs]
     for path, target in zip(outputs, targets):
-        precious = target.name in RUN_FILES or target.suffix in DATA_SUFFIXES
-        if precious or target.is_dir() or targets.count(target) > 1:
-            raise DataError(f"{path} is a folder, has the name of a run's own file or of a data file, or is named "
-                            "twice: name another file.")
-    # A device or FIFO is written into; every other file is made anew in its folder.
-    new = [target for path, target in zip(outputs, targets) if path.is_file() or not path.exists()]
-    for folder in (*folders, *(target.parent for target in new)):
-        try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise DataError(f"Nothing can be written into {folder}: {error.strerror}.") from None
+        if target.is_dir():
+            raise DataError(f"{path} is a folder: name a file.")
+        if target.name in RUN_FILES:
+            raise DataError(f"{path} has the name of a run's own file: name another one.")
+        if targets.count(target) > 1:
+            raise DataError(f"--csv and --plot are both {path}: name two files.")
+    if args.csv and args.csv.is_file() and not data.is_special(args.csv):
+        with data.opening(args.csv, "Name another file.") as file:
+            if file.read(len(CSV_START)) not in (b"", CSV_START):
+                raise DataError(f"--csv {args.csv} exists, and is no table of eval.py: name another file.")
+    new = [target.parent for path, target in zip(outputs, targets) if not data.is_special(path)]
+    for folder in (*folders, *new):
+        data.check_writable(folder)
     if args.plot:
         if args.plot.suffix.lower() not in (".png", ".pdf", ".svg"):    # .pgf would ask for LaTeX, and too late
             raise DataError(f"--plot {args.plot}: name a file that ends in .png, .pdf or .svg.")
-        os.environ["MPLBACKEND"] = "agg"        # a notebook names one that only works inside it
         try:
-            from matplotlib.figure import Figure
+            with mock.patch.dict(os.environ, MPLBACKEND="agg"):     # a notebook names one of its own
+                from matplotlib.figure import Figure
             Figure().savefig(io.BytesIO(), format=args.plot.suffix[1:])
         except (ImportError, ValueError) as error:
             raise DataError(f"--plot {args.plot} cannot be drawn: {error}. It needs matplotlib: "
@@ -481,8 +486,9 @@ def evaluate_run(folder: Path, checkpoint: dict, loaded: dict, args, device) -> 
     how = split, conditions, args.split, args.mask_seed
     model = build(run, checkpoint["model"], folder / "model.pt", device)
     outputs = predict(model, *how)
-    write_csv(folder / "predictions.csv", prediction_lines(task, split, outputs))
+    lines = prediction_lines(task, split, outputs)
     if not labelled(split):
+        write_csv(folder / "predictions.csv", lines)
         (folder / "results.json").unlink(missing_ok=True)       # of an earlier evaluation
         say(f"{folder}: the {args.split} split has no labels, or 0 for all, so there is nothing to measure; the "
             f"answers to its {len(split['real']['text'])} clips are in predictions.csv")
@@ -505,6 +511,7 @@ def evaluate_run(folder: Path, checkpoint: dict, loaded: dict, args, device) -> 
         "constant": dict.fromkeys(results, always),
         "linear": linear,
     }
+    write_csv(folder / "predictions.csv", lines)
     with data.replacing(folder / "results.json") as file:
         file.write(json.dumps(result, indent=1).encode())
     return result
@@ -576,13 +583,21 @@ def subtract(ours: dict, other: dict) -> dict:
     return result
 
 
+def comparison(result: dict) -> tuple[bool, str]:
+    """Whether the paper's numbers may stand beside this result, and what is to be said of that."""
+    run = result["run"]
+    if result["split"] != "test":
+        return False, "nothing is compared with the paper: its numbers are of the test split"
+    return data.comparison(run, result["data"], METHODS[run["method"]].FEATURES)
+
+
 def reported(runs: list[dict], metric: str, ours: dict) -> dict:
     """The paper's numbers in the form of `ours` (column -> seed -> number), where they may be
     compared."""
     run = runs[0]["run"]
     module = METHODS[run["method"]]
     numbers = dict(module.REPORTED[run["dataset"]].get(run["ablation"], {}).get(metric, {}))
-    if not data.comparison(run, runs[0]["data"], module.FEATURES)[0]:
+    if not comparison(runs[0])[0]:
         return {}
     if "lav" in numbers:
         numbers["0.0"] = numbers["lav"]     # nothing is dropped
@@ -678,7 +693,7 @@ def heading(name: str, runs: list[dict], args) -> list[str]:
     if run["method"] == "double_flow":
         origin = "from the data" if data.SIMULATED in run["dims"] else "learned from audio"
         lines.append(f"simulated text: {origin}")
-    notes = [*source["notes"], data.comparison(run, source, module.FEATURES)[1]]
+    notes = [*source["notes"], comparison(runs[0])[1]]
     if run["lacking"]:
         notes.append(f"training had no {' and no '.join(run['lacking'])}: its sets are not answered")
     if not runs[0]["linear"]:
@@ -695,7 +710,7 @@ def heading(name: str, runs: list[dict], args) -> list[str]:
             notes.append(f"seed {seed} was stopped after {epochs} of {config['epochs']} epochs")
     lines += [f"note: {note}" for note in notes if note]
     if source["sha256"] != run["data"]["sha256"]:
-        lines.append("WARNING: this is not the file that the runs were trained on")
+        lines.append("note: this is not the file that the runs were trained on")
     return lines
 
 
@@ -713,16 +728,15 @@ def show(table: dict, rows: dict, args) -> None:
     extension = ", an extension: not in the paper" if own_titles else ""
     if own_titles:
         show_table("The paper's table", rows, METRICS, own_titles)
-    metrics = METRICS if len(table) == 1 and not own_titles else MAIN
-    show_table("Available streams" + extension, rows, metrics, TITLES)
+    show_table("Available streams" + extension, rows, MAIN, TITLES)
     if args.rates:
         titles = {str(p): str(p) for p in args.rates}
         if len(args.rates) > 1:
             titles["area"] = "area"
         show_table("Share of frames dropped in every stream" + extension, rows, (*MAIN, ""), titles)
     say()
-    say("F1 is weighted; F1 and accuracies in %, MAE in units of the label. F1 and Acc-2 leave out the clips "
-        "of sentiment 0, has0 counts them as not negative. All metrics are in --csv.")
+    say("F1 is weighted, in %, and leaves out the clips of sentiment 0; MAE is in units of the label. More metrics "
+        "are in --csv; has0 counts sentiment 0 as not negative.")
     if 1.0 in args.rates:
         say("At 1.0 nothing is left of any clip: all clips of one length get the same answer there.")
     say()
@@ -774,7 +788,7 @@ def draw(axis, table: dict, rows: dict, metric: str, args) -> None:
             axis.plot(args.rates, mean, style, color="grey", label=f"{kind}, {name}")
             continue
         color = COLORS[list(table).index(name) % len(COLORS)]       # the same in every panel
-        axis.plot(args.rates, mean, "o-", color=color, label=f"{name} (n={seeds})")
+        axis.plot(args.rates, mean, "o-", color=color, label=f"{name}, {seeds} seed{'s' if seeds > 1 else ''}")
         if seeds > 1:
             spread = values.std(1, ddof=1)
             axis.fill_between(args.rates, mean - spread, mean + spread, color=color, alpha=.15)
@@ -790,9 +804,9 @@ def draw(axis, table: dict, rows: dict, metric: str, args) -> None:
     spare = max(0, height - (high - low)) / 2
     methods = ", ".join(dict.fromkeys(runs[0]["run"]["method"] for runs in table.values()))
     synthetic = ", SYNTHETIC" if first["data"]["synthetic"] else ""
-    axis.set_title(f"{methods} on {first['run']['dataset']}{synthetic}\n{args.split} split, n = {clips} clips")
+    axis.set_title(f"{methods} on {first['run']['dataset']}{synthetic}\n{args.split} split, {clips} clips")
     axis.set_xlabel("share of frames dropped, p")
-    axis.set_ylabel("MAE" if metric == "MAE" else f"weighted {metric} (%)")
+    axis.set_ylabel("MAE, less is better" if metric == "MAE" else f"weighted {metric} (%)")
     axis.set_ylim(low - spare, high + spare)
     axis.legend(fontsize=7)
 
@@ -835,7 +849,7 @@ def evaluate_all(args) -> None:
     checkpoints, records = {}, {}
     for folder in folders:
         keys = ("run", "load", "stats", "linear", "epoch", "model")
-        checkpoints[folder] = read_checkpoint(folder / "model.pt", keys)
+        checkpoints[folder] = read_checkpoint(folder / "model.pt", keys, AGAIN)
         records.setdefault(folder.parent, []).append(checkpoints[folder]["run"])
     for folder, runs in records.items():
         check_group(folder, runs)
@@ -849,15 +863,18 @@ def evaluate_all(args) -> None:
         data_key = [checkpoint["load"], *(run[key] for key in ("dataset", "limit", "normalize", "data"))]
         data_key = repr(data_key)       # of a tensor or a list in itself too
         if data_key != loaded_for:      # seeds and ablations share their data
-            with data.reading(folder / "model.pt", "It does not say which data it is for: train it again."):
+            with data.reading(folder / "model.pt", AGAIN):
                 loaded, loaded_for = load_split(checkpoint, args, device), data_key
-        with data.reading(folder / "model.pt", f"It does not fit {run['method']}.py: train it again."):
+        with data.reading(folder / "model.pt", AGAIN):
             result = evaluate_run(folder, checkpoint, loaded, args, device)
         if result:
             groups.setdefault(folder.parent, []).append(result)
     tables = [(table, make_rows(table, args.reference, args.rates)) for table in make_tables(groups)]
     for table, rows in tables:
         show(table, rows, args)
+    for path in (args.csv, args.plot):
+        if path and not tables:
+            say(f"{path} is not written: there are no numbers")
     if args.csv and tables:
         lines = [("dataset", "synthetic", "data", "table", "metric", "kind", "name", "column", "mean", "std",
                   "n")]

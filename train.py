@@ -73,7 +73,7 @@ def parse(argv=None) -> argparse.Namespace:
         + "; ".join(f"{name}: {', '.join(module.ABLATIONS)}" for name, module in METHODS.items()))
     add("--no-normalize", action="store_true",
         help="use the features as they are, not standardised by the training split")
-    add("--features", type=feature_folder, nargs="+", metavar="NAME=DIR",
+    add("--features", type=feature_folder, nargs="+", action="extend", metavar="NAME=DIR",
         help="feature folders instead of a pickle: text=DIR audio=DIR vision=DIR simulated_text=DIR, "
         "each with a <clip>.npy or a folder <clip> of .npy for each clip; they are used as they are")
     add("--labels", metavar="FILE", help="the label file of --features, Double-Flow's label_official.npz")
@@ -126,7 +126,7 @@ def check_arguments(args, refuse) -> None:
     names = METHODS[args.method].ABLATIONS
     for name in args.ablate or ():
         if name not in ("", "all", *names):
-            refuse(f"--ablate {name}: {args.method} has {', '.join(names)}, and all")
+            refuse(f"--ablate {data.printable(name)}: {args.method} has {', '.join(names)}, and all")
     if args.ablate and "all" in args.ablate:
         args.ablate = ["", *names]
     if args.features:
@@ -263,15 +263,17 @@ def restore(folder: Path, run: dict) -> dict | None:
     path = folder / "last.pt"
     if not path.exists():
         return None
-    state = read_checkpoint(path, LAST)
+    state = read_checkpoint(path, LAST, START_OVER)
     if state["run"] != run:
         new, old = [{**record, **record["config"], **record["data"]} for record in (run, state["run"])]
-        differ = [name for name in new if name not in ("config", "data") and new[name] != old.get(name)]
+        told = [name for name in new if name not in ("config", "data", "constant")]     # constant follows from others
+        differ = [name for name in told if new[name] != old.get(name)]
         raise DataError(f"{folder} holds a run of another configuration (it differs in {', '.join(differ)}). "
                         "Name another folder with --out, or start over with --no-resume.")
     with data.reading(path, START_OVER):
         place = state["stage"], state["epoch"], len(state["history"]), state["best"]["epoch"]
-        if min(place) < 0 or set(state["best"]) != {"score", "epoch", "weights"}:
+        whole = all(type(number) is int for number in place)
+        if not whole or min(place) < 0 or set(state["best"]) != {"score", "epoch", "weights"}:
             raise ValueError
     return state
 
@@ -377,7 +379,8 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
                      "history": [*state["history"], line]}
             if number == 0 and epoch == 0:
                 begin_folder(folder, run, load, device)
-            if last and better:     # before last.pt: a run that is stopped in between repeats this epoch
+            # Before last.pt: a run that is stopped in between repeats this epoch.
+            if last and (better or not (folder / "model.pt").exists()):
                 save_model(folder, state, loaded, load, linear)
             save_state(folder, state)
             say(f"{name}  {loss_text(losses)}  {valid_text(valid)}{', the best' if better else ''}  "
@@ -399,7 +402,7 @@ def adopt(run: dict, folder: Path, load: dict, path: Path) -> None:
     """A run folder whose model.pt holds the weights of the official code's published checkpoint."""
     module = METHODS[run["method"]]
     model = module.Model(run["dims"], run["task"], module.Config(**run["config"]))
-    weights = read_checkpoint(path, ())
+    weights = read_checkpoint(path, (), "It is damaged or no checkpoint: download it again.")
     try:
         model.load_official(weights)
     except ValueError as error:
@@ -444,13 +447,16 @@ def train_all(args) -> None:
     for run in runs:
         folder = run_folder(args, run)
         folder.mkdir(parents=True, exist_ok=True)
+        data.check_writable(folder)
         say()
         say(str(folder))
         state = None if args.no_resume else restore(folder, run)
         if state and state["finished"]:
             say("finished already")
+            save_json(folder / "log.jsonl", state["history"])
             if not (folder / "model.pt").exists():      # it was deleted: last.pt holds the best weights too
                 save_model(folder, state, loaded, load, linear)
+                say("model.pt was missing, and is written again")
         else:
             train(run, folder, loaded, load, linear, device, state)
         if folder.parent not in groups:

@@ -128,7 +128,7 @@ def test_ids_in_all_their_forms(tmp_path, ids, first):
 
 
 NOTES = {
-    "test has no vision: sets with it are not answered": every(["test"], UNALIGNED, vision=np.zeros((5, 9, 3))),
+    "test has no vision: a set with it is not answered": every(["test"], UNALIGNED, vision=np.zeros((5, 9, 3))),
     "5 clips stand in both train and test": every(id=list("abcde")),
     "4 clips of train have the id of another one in it": every(["train"], id=list("aaaaa")),
     "valid has no ids": without("valid", "id"),
@@ -183,6 +183,9 @@ def test_a_file_whose_sizes_are_another_data_sets_is_refused(tmp_path, monkeypat
     monkeypatch.setattr(data, "SIZES", {"mosi": (50, 46, 50), "mosei": (9, 9, 9), "iemocap": (7, 7, 7)})
     with pytest.raises(DataError, match="50/50/50 clips, .* splits of mosi, not of mosei. Use --dataset mosi"):
         load(tmp_path, content(n=50), dataset="mosei", name="mosei_raw.pkl")
+    two = {s: fields(n=50) for s in ("train", "valid")}
+    with pytest.raises(DataError, match="the splits of mosi, not of mosei"):
+        load(tmp_path, two, ("train", "valid"), dataset="mosei", name="mosei_raw.pkl")
 
 
 @pytest.mark.parametrize("change, compared, text", [
@@ -226,8 +229,8 @@ BAD = {     # what is said: content of the file
     r"leaves the range \[-3, 3\]": every(labels=np.full(5, 7)),
     "or is NaN": every(labels=np.full(5, np.nan)),
     r"of shape \(5, 2\) is not one sentiment": every(labels=np.zeros((5, 2))),
-    "'labels' is refused: OverflowError": every(labels=[10 ** 400] * 5),
-    "split train: 'id' is refused: ValueError": every(id=[10 ** 5000] * 5),
+    "'labels' is refused .OverflowError": every(labels=[10 ** 400] * 5),
+    "split train: 'id' is refused .ValueError": every(id=[10 ** 5000] * 5),
     "'vision' holds.* NaN.* clip clip0_2": number("vision", np.nan),
     "'audio' holds values .* clip clip0_2": number("audio", np.inf),
     "'text' holds values": number("text", -np.inf),
@@ -307,7 +310,7 @@ HOSTILE = {     # opcodes: what the refusal must say
     b"\x80\x05\x97.": "out-of-band",
     b"c_codecs\nencode\n(N}V__defaults__\n(Va\ntstb.": "holds a function",
     b"\x80\x02]r\xff\xff\xff\x7f.": "more memory than there is",                 # a memo of a huge number
-    b"\x80\x02}\x8b\xa0\x86\x01\x00" + b"\x7f" * 10 ** 5 + b"I1\ns.": "refused: ValueError",
+    b"\x80\x02}\x8b\xa0\x86\x01\x00" + b"\x7f" * 10 ** 5 + b"I1\ns.": "refused .ValueError",
     pickle.dumps({s: {**fields(), "id": BOMB} for s in SPLITS}): "'id' is refused",
     pickle.dumps({s: {**fields(), "text": BOMB} for s in SPLITS}): "'text' is a list of 10",
     inside(b"]q\x00h\x00a"): "neither 'labels'",                            # a list that holds itself
@@ -527,16 +530,19 @@ def test_the_written_stand_in_is_mults_layout_and_the_one_in_memory(tmp_path, ca
     assert data.main(command) == 2 and "exists already" in capsys.readouterr().err
 
 
-def test_check_says_what_a_file_is_and_goes_on_after_a_bad_one(tmp_path, capsys):
+def test_check_says_what_a_file_is_and_goes_on_after_a_bad_one(tmp_path, monkeypatch, capsys):
     made = every(more=UNALIGNED, id=content()["train"]["id"])
     made["train"]["audio"][4, -1, 1], made["train"]["vision"][1] = -np.inf, 0
     written(tmp_path, made)
     for name in ("a.pkl", "._mosi.pkl"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.pkl").mkdir()
-    assert data.main(["check", str(tmp_path)]) == 1
+    locked = f"{tmp_path}/folder.pkl: Permission denied"
+    with monkeypatch.context() as patch:        # root may read every folder
+        patch.setattr(data, "files_below", lambda *arguments, whole=data.files_below: (whole(*arguments)[0], [locked]))
+        assert data.main(["check", str(tmp_path)]) == 1
     out, error = capsys.readouterr()
-    assert len(error.splitlines()) == 1 and "a.pkl is refused: it is empty" in error
+    assert error.splitlines()[0] == f"error: {locked}" and "a.pkl is refused: it is empty" in error.splitlines()[1]
     for part in ("layout MulT", "SHA-256 " + data.sha256(tmp_path / "mosi_data.pkl"), "train: 5 clips",
                  "(5, 12, 4) float32, 1 values of -inf read as 0", "mean 5.0, most 7", "clips of zeros alone: 1",
                  "5 clips stand in both train and test", "test has 5 clips, mosi's standard split 686"):
@@ -647,18 +653,18 @@ WRONG = {       # what is said, and what is done to the folders; path is one fil
     "has . features a frame": lambda where, path: np.save(path, np.ones((3, 7))),
     "simulated_text has 6 features, text 8": lambda where, path: [
         np.save(text, np.zeros(8)) for text in Path(where["features"]["text"]).iterdir()],
-    "is refused: ValueError. It is no .npy": lambda where, path: np.save(path, np.array({"a": 1}, dtype=object)),
+    "is refused .ValueError.. It is no .npy": lambda where, path: np.save(path, np.array({"a": 1}, dtype=object)),
     "is an array of <U2": lambda where, path: np.save(path, np.array(["so"])),
     "audio=nowhere has no": lambda where, path: where["features"].update(audio="nowhere"),
     "lacks vision": lambda where, path: where["features"].pop("vision"),
-    "needs --labels": lambda where, path: where.update(labels=None),
+    "with --labels FILE": lambda where, path: where.update(labels=None),
     "does not exist": lambda where, path: where.update(labels=Path("nowhere.npz")),
     "BadZipFile": lambda where, path: where["labels"].write_bytes(where["labels"].read_bytes()[:90]),
     r"leaves the range \[-3, 3\]": lambda where, path: labelled(where, "a", 4.0),
     "cannot be the name": lambda where, path: labelled(where, "../../a"),
     "asks for .*system": lambda where, path: labelled(where, "a", Call(os.system, ("touch GOTCHA",))),
     "File name too long": lambda where, path: labelled(where, "a" * 300),
-    "is refused: OverflowError": lambda where, path: labelled(where, "a", 10 ** 400),
+    "is refused .OverflowError": lambda where, path: labelled(where, "a", 10 ** 400),
 }
 
 
@@ -673,8 +679,8 @@ def test_what_is_wrong_with_feature_folders_is_told_before_training(tmp_path, te
 
 
 @pytest.mark.parametrize("frame, text", [
-    (np.full(4, np.nan), "'vision' has values that are NaN"), (np.ones(5), "ValueError. The clip's frames differ"),
-    (np.full(4, 1e300), "too large for float32"), (np.ones((2, 4)), "ValueError. The clip's frames differ")])
+    (np.full(4, np.nan), "'vision' has values that are NaN"), (np.ones(5), "ValueError.. The clip's frames differ"),
+    (np.full(4, 1e300), "too large for float32"), (np.ones((2, 4)), "ValueError.. The clip's frames differ")])
 def test_a_later_frame_that_is_wrong_is_told_with_its_clip(tmp_path, frame, text):
     where, truth, _ = feature_folders(tmp_path)
     split = data.load("mosei", splits=SPLITS, normalize=False, **where)["train"]

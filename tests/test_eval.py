@@ -89,7 +89,7 @@ def test_emotions_are_four_decisions_in_the_papers_order():
 def test_polarity_leaves_label_zero_out():
     index, truth = evaluation.targets(torch.tensor([-1.0, 0.0, .2, 0.0, 3.0]), "polarity")
     assert index.tolist() == [0, 2, 4] and truth.tolist() == [0, 1, 1]
-    with pytest.raises(DataError, match="no clip whose sentiment is not 0"):
+    with pytest.raises(DataError, match="All sentiments of a split are 0"):
         evaluation.targets(torch.zeros(3), "polarity")
 
 
@@ -210,10 +210,11 @@ def nested(record, **changes):
     ({"dataset": "meld"}, "there is no corrkd on meld"),
     ({"ablation": "no_such"}, "there is no corrkd no_such"),
     ({"dataset": "iemocap"}, "another task or config"),
-    ({"width": 3_000_000}, "does not fit corrkd.py"),
+    ({"width": 3_000_000}, "not as this train.py writes it"),
     ({"layers": 10_000_000}, "more layers than it has weights"),
     ({"dims": {"text": 2 ** 40, "audio": 4, "vision": 3}}, "trained on {'text': 1099511627776"),
-    ({"heads": 0}, "does not fit corrkd.py"),
+    ({"constant": "x"}, "not as this train.py writes it"),
+    ({"heads": 0}, "not as this train.py writes it"),
     ("no weights", "more layers than it has weights"),
     ("repeated weights", "more weights than it has bytes")])
 def test_a_checkpoint_that_does_not_hold_is_refused_in_a_sentence(copied, change, said, capsys):
@@ -226,8 +227,10 @@ def test_a_checkpoint_that_does_not_hold_is_refused_in_a_sentence(copied, change
     else:
         checkpoint["run"] = nested(checkpoint["run"], **change)
     torch.save(checkpoint, folder / "model.pt")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
     error = refused(capsys, folder)
     assert said in error and error.strip().isprintable()
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_file_that_is_no_result_of_training_is_refused(copied, trained, monkeypatch, capsys):
@@ -237,7 +240,7 @@ def test_a_file_that_is_no_result_of_training_is_refused(copied, trained, monkey
     torch.save({"run": checkpoint["run"], "model": Call(os.system, ("touch GOTCHA",))}, folder / "model.pt")
     assert "more than tensors and plain values" in refused(capsys, folder) and not os.path.exists("GOTCHA")
     for raw, said in (((trained / "runs/mosi/corrkd/s1/last.pt").read_bytes(), "it holds no load and no stats"),
-                      (whole[:-300], "is damaged"), (b"", "is damaged")):
+                      (whole[:-300], "not as this train.py writes it"), (b"", "not as this train.py writes it")):
         (folder / "model.pt").write_bytes(raw)
         assert said in refused(capsys, folder)
     (folder / "model.pt").unlink()
@@ -250,7 +253,7 @@ def test_what_is_hashed_is_what_is_loaded(copied, monkeypatch):
     path, load = copied[0] / "model.pt", torch.load
     before = data.sha256(path)
     monkeypatch.setattr(torch, "load", lambda *a, **k: (path.write_bytes(b"the next epoch"), load(*a, **k))[1])
-    assert evaluation.read_checkpoint(path, ("run", "model"))["sha256"] == before
+    assert evaluation.read_checkpoint(path, ("run", "model"), "")["sha256"] == before
 
 
 def test_every_cell_is_the_mean_over_seeds_of_what_was_measured(trained, capsys):
@@ -332,6 +335,8 @@ def test_print_stands_beside_ours_where_the_data_is_the_papers(copied, comparabl
     ours = results(copied[0])["conditions"]["la"]["F1"]
     assert sets["F1 corrkd, paper"]["{l,a}"] == "83.56" and rates["F1 corrkd, paper"]["0.0"] == "83.94"
     assert sets["F1 corrkd - paper"]["{l,a}"] == f"{ours - 83.56:+.2f}"
+    out, _ = shown(capsys, copied[0], "--rates", "--split", "valid")
+    assert "corrkd, paper" not in out and "its numbers are of the test split" in out
 
 
 def test_double_flows_own_table_comes_first(tmp_path, capsys):
@@ -411,7 +416,7 @@ def test_a_stream_that_is_lacking_counts_in_no_average(tmp_path, copied, splits,
     three = [results(folder)["conditions"][c]["F1"] for c in ("l", "a", "la")]
     assert row["{v}"] == row["{a,v}"] == "-" and row["Avg."] == f"{statistics.fmean(three):.2f}"
     assert "vision" in out and "not answered" in out
-    assert ("WARNING: this is not the file that the runs were trained on" in out) is (splits == ["test"])
+    assert ("note: this is not the file that the runs were trained on" in out) is (splits == ["test"])
 
 
 @pytest.mark.parametrize("form", ["no labels", "all 0"])
@@ -425,7 +430,8 @@ def test_clips_without_labels_are_answered(copied, tmp_path, form, capsys):
     (folder / "results.json").unlink()
     out, _ = shown(capsys, folder, "--rates", "0", "0.5", "1", "--data-dir", written(tmp_path / "mine", made),
                    "--csv", tmp_path / "t.csv")
-    assert len(out.splitlines()) == 1 and "has no labels" in out
+    first, second = out.splitlines()
+    assert "has no labels" in first and second == f"{tmp_path / 't.csv'} is not written: there are no numbers"
     assert not (folder / "results.json").exists() and not (tmp_path / "t.csv").exists()
     assert read_csv(folder / "predictions.csv") == [{**line, "truth": ""} for line in before]
 
@@ -434,13 +440,15 @@ def test_mistakes_are_told_before_the_evaluation(copied, tmp_path, monkeypatch, 
     monkeypatch.setattr(evaluation, "evaluate_run", None)
     own, link, twice = copied[0] / "model.pt", tmp_path / "link.csv", tmp_path / "x.png"
     os.symlink(own, link)
+    (tmp_path / "mine.dat").write_bytes(b"clips")
     for more, said in ((["--csv", tmp_path / "nowhere/t.csv"], "No such file"), (["--csv", tmp_path], "is a folder"),
                        (["--csv", own], "a run's own file"), (["--csv", link], "a run's own file"),
-                       (["--csv", tmp_path / "mosi_data.pkl"], "or of a data file"),
-                       (["--csv", twice, "--plot", twice], "named twice"), (["--plot", "x.xyz"], "ends in .png"),
-                       ([tmp_path / "nowhere"], "holds no model.pt"), ([__file__], "holds no model.pt")):
+                       (["--csv", tmp_path / "mine.dat"], "is no table of eval.py"),
+                       (["--csv", twice, "--plot", twice], "name two files"), (["--plot", "x.xyz"], "ends in .png"),
+                       ([tmp_path / "nowhere"], "is no folder"), ([__file__], "is no folder"),
+                       ([ROOT / "tests"], "holds no model.pt")):
         assert said in refused(capsys, copied[0], *more)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["corrkd", "link.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corrkd", "link.csv", "mine.dat"]
 
 
 def test_a_folder_below_that_may_not_be_read_is_told(copied, tmp_path, monkeypatch, capsys):
@@ -454,6 +462,14 @@ def test_a_folder_below_that_may_not_be_read_is_told(copied, tmp_path, monkeypat
 
     monkeypatch.setattr(os, "scandir", refusing)
     assert f"{locked}: Permission denied" in refused(capsys, tmp_path, "--rates")
+
+
+def test_a_csv_on_standard_output_follows_the_tables_in_the_same_file(copied, tmp_path):
+    with open(tmp_path / "all.txt", "w") as file:
+        command = [sys.executable, "eval.py", str(copied[0]), "--rates", "--device", "cpu", "--csv", "/dev/stdout"]
+        subprocess.run(command, cwd=ROOT, stdout=file, check=True)
+    tables, _, numbers = (tmp_path / "all.txt").read_text().partition("dataset,synthetic,")
+    assert "Available streams" in tables and "F1,ours,corrkd,avg" in numbers
 
 
 def test_a_fifo_is_written_into(copied, tmp_path, capsys):
@@ -490,10 +506,10 @@ def test_the_figure_has_a_panel_for_each_metric(trained, tmp_path, comparable, m
     shown(capsys, trained / "runs", "--rates", "0", "0.5", "1", "--plot", tmp_path / "f.png")
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     axis, = axes[0].flat
-    assert axis.get_title() == "corrkd on mosi\ntest split, n = 19 clips"
+    assert axis.get_title() == "corrkd on mosi\ntest split, 19 clips"
     lines = {line.get_label(): line for line in axis.get_lines()}
     baselines = {"constant, polarity", "linear, polarity"}
-    assert set(lines) == {"corrkd (n=2)", "corrkd no_scd (n=2)", "corrkd, paper", *baselines}
+    assert set(lines) == {"corrkd, 2 seeds", "corrkd no_scd, 2 seeds", "corrkd, paper", *baselines}
     assert {label for label, line in lines.items() if line.get_color() == "grey"} == baselines
     assert lines["corrkd, paper"].get_data()[1] == 83.94 and len(axis.collections) == 2
     assert np.ptp(axis.get_ylim()) >= 500 / 19 ** .5 - 1e-9     # noise of few clips fills no panel

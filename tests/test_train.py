@@ -97,8 +97,20 @@ def test_a_finished_run_is_not_run_again_and_a_deleted_result_comes_back(trained
     before = (folder / "last.pt").stat().st_mtime_ns
     weights = parameters(trained)
     (folder / "model.pt").unlink()
-    assert run(trained, epochs="3") == 0 and "finished already" in capsys.readouterr().out
+    (folder / "log.jsonl").write_text("damaged")
+    assert run(trained, epochs="3") == 0 and len(history(trained)) == 6 and "finished already" in capsys.readouterr().out
     assert (folder / "last.pt").stat().st_mtime_ns == before and equal(parameters(trained), weights)
+
+
+def test_a_result_deleted_before_the_last_epoch_comes_back(tmp_path, monkeypatch):
+    """Though no later epoch is better."""
+    written(tmp_path / "data", learnable(n=12))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "loss_text", lambda losses: signal.raise_signal(signal.SIGINT))     # behind an epoch
+        assert run(tmp_path, method="umdf") == 130
+    (tmp_path / "runs/mosi/umdf/s1/model.pt").unlink()
+    monkeypatch.setattr(train, "score", lambda valid: -1e9)
+    assert run(tmp_path, method="umdf") == 0 and saved(tmp_path, "model.pt", "mosi/umdf/s1")["epoch"] == 1
 
 
 @pytest.mark.parametrize("change, entry", [(("--lr", "0.1"), "lr"), (("--limit", "20"), "limit"),
@@ -110,7 +122,7 @@ def test_another_configuration_in_a_runs_folder_is_refused(trained, capsys, chan
 
 
 @pytest.mark.parametrize("change", [{"best": None}, {"best": {}}, {"stage": 7}, {"stage": -1}, {"history": None},
-                                    {"model": {}}, {"optimizer": {}}])
+                                    {"model": {}}, {"optimizer": {}}, {"epoch": 1.5}])
 def test_a_last_pt_that_does_not_fit_its_run_is_told(tmp_path, monkeypatch, capsys, change):
     written(tmp_path / "data", learnable(n=12))
     save, first = train.save, []
@@ -318,7 +330,7 @@ def test_a_run_folder_of_a_published_checkpoint_holds_its_weights(tmp_path, caps
     base = ["--method", "double_flow", "--out", tmp_path / "runs", *feature_arguments(tmp_path)]
     no_mia = [*base, "--ablate", "no_mia", "--batch-size", "8", *QUICK]
     assert run_main(*no_mia) == 0 and run_main(*no_mia, "--max-frames", "5") == 2
-    assert "another configuration (it differs in constant, max_frames)" in capsys.readouterr().err
+    assert "another configuration (it differs in max_frames)" in capsys.readouterr().err
     best = saved(tmp_path, "model.pt", "mosei/double_flow-no_mia/s1")
     model = double_flow.DoubleFlow(best["run"]["dims"], "regression", double_flow.Config(mia="off"))
     model.load_state_dict(best["model"])
