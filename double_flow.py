@@ -505,4 +505,4 @@ class DoubleFlow(nn.Module):
         self.load_state_dict(state)
 
 
-Model = DoubleFlow
+Model = DoubleFlow      # METHODS in eval.py says what the programs ask of this file

@@ -2,7 +2,7 @@
 
     python train.py --method corrkd --dataset mosei                     real data from data/, five seeds
     python train.py --method corrkd --dataset mosi --synthetic          made-up data, nothing to download
-    python train.py --method corrkd --dataset mosi --synthetic --limit 64 --epochs 1 --seeds 1 --out look
+    python train.py --method corrkd --dataset mosi --synthetic --limit 64 --epochs 1 --seeds 1 --out runs/look
 
 Each stage of a method ends with the epoch that is best on validation. An interrupted run goes on by the same
 command, on the same machine to the same numbers (on CUDA with --deterministic). A run is a folder, of the form
@@ -65,21 +65,22 @@ def parse(argv=None) -> argparse.Namespace:
     add("--synthetic", action="store_true",
         help="use a made-up stand-in of the data set's size; results say SYNTHETIC")
     add("--seeds", type=int, nargs="+", metavar="N", help="a run for each (default: 1111 1112 1113 1114 1115)")
-    add("--epochs", type=int, metavar="N", help="of each stage (default: the method file's)")
-    add("--batch-size", type=int, metavar="N", help="default: the method file's")
-    add("--lr", type=float, metavar="X", help="learning rate of Adam (default: the method file's)")
+    add("--epochs", type=int, metavar="N", help="of each stage (default: PAPER in the method's file)")
+    add("--batch-size", type=int, metavar="N", help="default: PAPER in the method's file")
+    add("--lr", type=float, metavar="X", help="learning rate of Adam (default: PAPER in the method's file)")
     add("--ablate", nargs="+", metavar="NAME",
         help="a run for each NAME instead of the full method; all: the full method and each NAME. "
         + "; ".join(f"{name}: {', '.join(module.ABLATIONS)}" for name, module in METHODS.items()))
     add("--no-normalize", action="store_true",
         help="use the features as they are, not standardised by the training split")
-    add("--features", type=feature_folder, nargs="+", action="extend", metavar="NAME=DIR",
+    own = parser.add_argument_group("the features of Double-Flow's authors").add_argument
+    own("--features", type=feature_folder, nargs="+", action="extend", metavar="NAME=DIR",
         help="feature folders instead of a pickle: text=DIR audio=DIR vision=DIR simulated_text=DIR, "
         "each with a <clip>.npy or a folder <clip> of .npy for each clip; they are used as they are")
-    add("--labels", metavar="FILE", help="the label file of --features, Double-Flow's label_official.npz")
-    add("--max-frames", type=int, metavar="N",
+    own("--labels", metavar="FILE", help="the label file of --features, Double-Flow's label_official.npz")
+    own("--max-frames", type=int, metavar="N",
         help=f"of --features leave out training clips of more than N frames (default: {data.MAX_FRAMES})")
-    add("--official", type=Path, metavar="FILE",
+    own("--official", type=Path, metavar="FILE",
         help="train nothing: make a run folder of the published checkpoint of Double-Flow's official code, "
         "MIA off as in its main file, for eval.py to evaluate on --features")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")

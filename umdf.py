@@ -374,4 +374,4 @@ class UMDF(nn.Module):
         return terms
 
 
-Model = UMDF
+Model = UMDF      # METHODS in eval.py says what the programs ask of this file
