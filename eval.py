@@ -507,6 +507,7 @@ def evaluate_run(folder: Path, checkpoint: dict, loaded: dict, args, device) -> 
         "split": args.split,
         "mask_seed": args.mask_seed,
         "data": loaded["source"],
+        "lacking": loaded["lacking"],
         "conditions": results,
         "constant": dict.fromkeys(results, always),
         "linear": linear,
@@ -694,8 +695,8 @@ def heading(name: str, runs: list[dict], args) -> list[str]:
         origin = "from the data" if data.SIMULATED in run["dims"] else "learned from audio"
         lines.append(f"simulated text: {origin}")
     notes = [*source["notes"], comparison(runs[0])[1]]
-    if run["lacking"]:
-        notes.append(f"training had no {' and no '.join(run['lacking'])}: its sets are not answered")
+    if absent := [m for m in run["lacking"] if m not in runs[0]["lacking"]]:
+        notes.append(f"training had no {' and no '.join(absent)}: a set with it is not answered")
     if not runs[0]["linear"]:
         notes.append("no linear row: it is not fitted on feature folders")
     usual = asdict(replace(module.PAPER[run["dataset"]], **module.ABLATIONS.get(run["ablation"], {})))

@@ -402,7 +402,7 @@ def test_a_reason_to_read_the_numbers_with_care_is_told(copied, capsys):
     assert "nothing is compared with the paper" in out and ", paper" not in out
 
 
-@pytest.mark.parametrize("splits", [["test"], ["train", "valid"]])
+@pytest.mark.parametrize("splits", [["test"], ["train", "valid"], list(SPLITS)])
 def test_a_stream_that_is_lacking_counts_in_no_average(tmp_path, copied, splits, capsys):
     made, folder = smaller(learnable(), valid=30, test=20), copied[0]
     for split in splits:
@@ -415,7 +415,7 @@ def test_a_stream_that_is_lacking_counts_in_no_average(tmp_path, copied, splits,
     row = tables["Available streams"]["F1 corrkd (n=1)"]
     three = [results(folder)["conditions"][c]["F1"] for c in ("l", "a", "la")]
     assert row["{v}"] == row["{a,v}"] == "-" and row["Avg."] == f"{statistics.fmean(three):.2f}"
-    assert "vision" in out and "not answered" in out
+    assert "vision" in out and out.count("not answered") == 1
     assert ("note: this is not the file that the runs were trained on" in out) is (splits == ["test"])
 
 
