@@ -53,8 +53,8 @@ SETS = {                            # the papers' available sets
 RATES = tuple(i / 10 for i in range(11))
 EMOTIONS = ("neutral", "happy", "sad", "angry")         # the order in MulT's file
 SIZES = {"mosi": (1284, 229, 686), "mosei": (16326, 1871, 4659), "iemocap": (2717, 798, 938)}
-FILES = {       # looked for in this order: aligned to words by MulT, MultiBench and MMSA, then not aligned
-    "mosi": ("mosi_data.pkl", "mosi_raw.pkl", "aligned_50.pkl", "mosi_data_noalign.pkl",
+FILES = {       # looked for in this order: aligned to words and of the papers' widths first
+    "mosi": ("mosi_raw.pkl", "mosi_data.pkl", "aligned_50.pkl", "mosi_data_noalign.pkl",
              "unaligned_50.pkl"),
     "mosei": ("mosei_senti_data.pkl", "mosei_raw.pkl", "aligned_50.pkl", "mosei_senti_data_noalign.pkl",
               "unaligned_50.pkl"),
@@ -1057,7 +1057,7 @@ def check(path: Path) -> None:
     source = loaded["source"]
     say(f"{path}{', ' + SYNTHETIC if source['synthetic'] else ''}")
     say(f"  layout {source['layout']}, labels as of {loaded['dataset']}")
-    say(f"  SHA-256 {source['sha256']}, to be compared with the README's")
+    say(f"  SHA-256 {source['sha256']}")
     for s in SPLITS:
         if s not in loaded:
             continue

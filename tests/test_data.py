@@ -518,7 +518,7 @@ def test_the_written_stand_in_is_mults_layout_and_the_one_in_memory(tmp_path, ca
     """Read back the way MulT's reader does: plain pickle, float arrays, id rows of three byte strings that decode."""
     command = ["synthesize", "mosi", "--out", str(tmp_path / "new")]
     assert data.main(command) == 0 and "SYNTHETIC" in capsys.readouterr().out
-    raw = pickle.loads((tmp_path / "new" / "mosi_data.pkl").read_bytes())
+    raw = pickle.loads((tmp_path / "new" / "mosi_raw.pkl").read_bytes())
     for s in SPLITS:
         assert {m: raw[s][m].shape[1:] for m in STREAMS} == {m: (50, d) for m, d in data.GLOVE.items()}
         assert raw[s]["labels"].shape == (len(raw[s]["text"]), 1, 1)

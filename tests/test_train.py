@@ -429,7 +429,7 @@ def test_every_command_of_the_readme_is_understood():
         name, *words = shlex.split(command)
         if words[-1] == "--seeds":                  # xargs adds the seed
             words.append("1111")
-        words = ["mosi" if word == "D" else "1111" if word.startswith("$") else word for word in words]
+        words = ["mosi" if word == "D" else "1111" if word.startswith(("$", "{")) else word for word in words]
         assert {"train.py": train, "eval.py": evaluation}[name].parse(words), words
 
 
