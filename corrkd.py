@@ -3,11 +3,11 @@ Modalities. Li et al., CVPR 2024, pp. 12458-12468, https://arxiv.org/abs/2404.16
 
 A teacher is trained on complete clips and frozen. A student of the same architecture then sees copies
 of the clips with frames and whole streams missing (MRM, Modality Random Missing). It learns from the
-labels, and from the teacher by three losses: to place each clip where the teacher places it and away
-from other clips (SCD, sample-level contrastive distillation); to stand to the class prototypes as the
-teacher does (CPD, category-guided prototype distillation); and to answer in agreement with it, the
-target class and the other classes apart (RCD, response-disentangled consistency distillation). At test
-time the student works alone. No official code was found.
+labels, and from the teacher by three losses: to place each clip where the teacher places it, away from
+other clips (SCD, sample-level contrastive distillation); to stand to the class prototypes as the teacher
+does (CPD, category-guided prototype distillation); and to answer in agreement with it, the target class
+and the other classes apart (RCD, response-disentangled consistency distillation). At test time the
+student works alone. No official code was found.
 
 Notation: m in {text, audio, vision}; N clips, T frames, d = 40; G decisions a clip (1, or 4 emotions)
 among C classes each; superscripts t, s = teacher, student; PE = positional encoding; GAP = global
@@ -147,9 +147,8 @@ def check_names(names, what: str) -> None:
     """A ValueError unless these are the streams, none too few and none that would be ignored: simulated
     text is Double-Flow's alone."""
     if not isinstance(names, dict) or set(names) - {"simulated_text"} != set(STREAMS):
-        given = ", ".join(names) if isinstance(names, dict) else f"a {type(names).__name__}"
-        raise ValueError(f"{what} must be a dict of {', '.join(STREAMS)}, not {given}; "
-                         "give zeros of width 1 for a stream that you do not have")
+        raise ValueError(f"{what} must be a dict of {', '.join(STREAMS)}: give zeros of width 1 for a "
+                         "stream that you do not have")
 
 
 def full_precision(x: Tensor) -> Tensor:

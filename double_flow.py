@@ -178,9 +178,8 @@ def learning_rate_factor(epoch: int) -> float:
 def check_names(names, what: str) -> None:
     """A ValueError unless these are the streams, none too few and none that would be ignored."""
     if not isinstance(names, dict) or set(names) - {"simulated_text"} != set(STREAMS):
-        given = ", ".join(names) if isinstance(names, dict) else f"a {type(names).__name__}"
-        raise ValueError(f"{what} must be a dict of {', '.join(STREAMS)}, not {given}; "
-                         "give zeros of width 1 for a stream that you do not have")
+        raise ValueError(f"{what} must be a dict of {', '.join(STREAMS)}: give zeros of width 1 for a "
+                         "stream that you do not have")
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -202,8 +201,8 @@ def masks_of(streams: Streams, real: Masks) -> Streams:
     if real is None:
         return {m: torch.ones_like(x[..., 0]).bool() for m, x in streams.items()}
     check_names(real, "real")
-    if lacks := set(streams) - set(real):
-        raise ValueError(f"real has no mask of {', '.join(lacks)}")
+    if not set(streams) <= set(real):
+        raise ValueError("real has no mask of simulated_text")
     return {m: real[m].bool() for m in streams}
 
 

@@ -138,9 +138,8 @@ def check_names(names, what: str) -> None:
     """A ValueError unless these are the streams, none too few and none that would be ignored: simulated
     text is Double-Flow's alone."""
     if not isinstance(names, dict) or set(names) - {"simulated_text"} != set(STREAMS):
-        given = ", ".join(names) if isinstance(names, dict) else f"a {type(names).__name__}"
-        raise ValueError(f"{what} must be a dict of {', '.join(STREAMS)}, not {given}; "
-                         "give zeros of width 1 for a stream that you do not have")
+        raise ValueError(f"{what} must be a dict of {', '.join(STREAMS)}: give zeros of width 1 for a "
+                         "stream that you do not have")
 
 
 def sinusoid(length: int, width: int, device=None) -> Tensor:
