@@ -424,7 +424,7 @@ def test_the_commit_of_another_repository_is_not_ours(tmp_path, monkeypatch):
 
 def test_every_command_of_the_readme_is_understood():
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"python ((?:train|eval)\.py [^`\n|#&]*)", text)
+    commands = re.findall(r"python ((?:train|eval)\.py (?!-h)[^`\n|#&]*)", text)
     assert len(commands) > 6
     for command in commands:
         name, *words = shlex.split(command)
