@@ -4,8 +4,8 @@ Modalities. Li et al., CVPR 2024, pp. 12458-12468, https://arxiv.org/abs/2404.16
 A teacher is trained on complete clips and frozen. A student of the same architecture then sees copies
 of the clips with frames and whole streams missing (MRM, Modality Random Missing). It learns from the
 labels, and from the teacher by three losses: to place each clip where the teacher places it, away from
-other clips (SCD, sample-level contrastive distillation); to stand to the class prototypes as the teacher
-does (CPD, category-guided prototype distillation); and to answer in agreement with it, the target class
+other clips (SCD, sample-level contrastive distillation); to be as similar to each class prototype as the
+teacher is (CPD, category-guided prototype distillation); and to answer in agreement with it, the target class
 and the other classes apart (RCD, response-disentangled consistency distillation). At test time the
 student works alone. No official code was found.
 
@@ -17,24 +17,24 @@ because the paper is silent or cannot be literal. Marked (~): the form as others
 group's next paper prints it (HRLF, NeurIPS 2024); not checked against this paper's text.
 
   (1) F_m = sqrt(d) Conv1d_k3(X_m) + PE(T_m, d),  E_m = Transformer(F_m)              Encoder
-      (*) Its kernel "3x3" cannot be literal in one dimension; no bias, so that zeros stay zeros. Depth 2,
+      (*) The paper's kernel "3x3" cannot be literal in one dimension; no bias, so that zeros stay zeros. Depth 2,
       pre-LayerNorm, FFN 4d, sqrt(d), dropout .1 are usual; none in attention, where it takes half of a CPU
       step. Padding is masked, so that no answer depends on the longest clip of a batch.
-  (2) H = [GAP(E_text); GAP(E_audio); GAP(E_vision)]  in R^3d                         Network.represent
+  (2) H = [GAP(E_text); GAP(E_audio); GAP(E_vision)]  in R^3d  (~)                    Network.represent
   (3) f = W H + b,  R = softmax(f)  (*) one linear layer                              Network.forward
   (4) SCD = mean_i |H_i^s - H_i^t|^2 + mean_{i != j} max(0, eta - |H_i^s - H_j^t|)^2  sample_contrastive
       (~) (*) Means, since all weights are 1 and sums would be a thousand times the cross-entropy. H is
       brought to unit length: else distances are near 7, and no pair lies within eta (--ablate scd_raw).
   (5) c_k = mean of H_i over class k in the batch,  M_k(i) = cos(H_i, c_k)  (~)       prototype_consistency
   (6) CPD = 1/(N K) sum_i sum_k (M_k^s(i) - M_k^t(i))^2,  K classes in the batch (~)  prototype_consistency
-      (*) A class that the batch lacks has no prototype and is left out.
-  (7) U = [R_y],  V = [R_c for c != y]  in R^(C-1)                                 response_consistency
+      (*) The square: the paper speaks of a squared distance. A class that the batch lacks is left out.
+  (7) U = [R_y],  V = [R_c for c != y]  in R^(C-1)  (~)                            response_consistency
       (*) Not renormalised: with two classes V would be the constant 1.
   (8) I(a, b) = E_p(a,b)[-sp(-T(a, b))] - E_p(a)p(b)[sp(T(a, b))]  (~)                jsd_mutual_information
-      (*) T is an MLP 2k-64-64-1 for each of U and V, trained with the student. The product of marginals
-      is every pair i != j of the batch, so that nothing is drawn.
-  (9) RCD = -I_1(U^t, U^s) - I_2(V^t, V^s)                                         response_consistency
-  (10) total = CE(R^s, y) + SCD + CPD + RCD                                           CorrKD.losses
+      (*) T is an MLP 2k-64-64-1, one for U and one for V, which the G decisions share; both learn with the
+      student. The product of marginals is every pair i != j of the batch, so that nothing is drawn.
+  (9) RCD = -I_1(U^t, U^s) - I_2(V^t, V^s)  (~)                                    response_consistency
+  (10) total = CE(R^s, y) + SCD + CPD + RCD  (~)                                      CorrKD.losses
       (*) CE, CPD and RCD are means over the G decisions; SCD has no classes and is computed once.
 (*) The student starts from random weights, as HRLF's does. The gradient norm is clipped to 1.
 
@@ -75,7 +75,7 @@ Masks = dict[str, Tensor] | None        # m -> (B, T_m), True = not padding; Non
 
 @dataclass
 class Config:
-    """Defaults: the paper's for MOSI as quoted by others (~). All losses have weight 1 in the paper."""
+    """Defaults: the paper's for MOSI as quoted by others (~). All losses have weight 1 (~)."""
     lr: float = 4e-3
     batch_size: int = 64
     epochs: int = 50        # of each stage
@@ -119,7 +119,7 @@ def _row(*numbers: float) -> dict[str, float]:
     return dict(zip((*SETS[:6], "avg", "lav"), numbers))
 
 
-# The paper's F1 in per cent, five seeds, as HRLF reprints them:
+# The paper's F1 in per cent, five seeds, as HRLF reprints them, those of ablations as reviews do:
 # data set -> ablation ("" = the full method) -> metric -> column -> number.
 REPORTED = {
     "mosi": {
@@ -144,15 +144,15 @@ def learning_rate_factor(epoch: int) -> float:
 
 
 def check_names(names, what: str) -> None:
-    """A ValueError unless these are the streams, none too few and none that would be ignored: simulated
-    text is Double-Flow's alone."""
+    """A ValueError unless these are the three streams. Simulated text, which Double-Flow alone uses, may
+    stand beside them."""
     if not isinstance(names, dict) or set(names) - {"simulated_text"} != set(STREAMS):
         raise ValueError(f"{what} must be a dict of {', '.join(STREAMS)}: give zeros of width 1 for a "
                          "stream that you do not have")
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """float32 at least: there is no cdist in half precision, and it would lose small distances."""
+    """float32 at least: half precision has no cdist and would lose small distances."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -262,13 +262,10 @@ def sample_contrastive(student: Tensor, teacher: Tensor, margin: float,
     if normalize:
         student, teacher = unit(student), unit(teacher)
     positive = (student - teacher).square().sum(-1).mean()
-    if n == 1:
-        return positive
     # Not through the matrix product: it loses the small distances. cdist's gradient at distance 0 is 0.
     distance = torch.cdist(student, teacher, compute_mode="donot_use_mm_for_euclid_dist")
-    negative = F.relu(margin - distance).square()
-    itself = torch.eye(n, dtype=torch.bool, device=negative.device)
-    return positive + negative.masked_fill(itself, 0).sum() / (n * (n - 1))
+    negative = F.relu(margin - distance).square().fill_diagonal_(0)
+    return positive + negative.sum() / max(n * (n - 1), 1)
 
 
 def prototype_consistency(student: Tensor, teacher: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -306,8 +303,7 @@ def jsd_mutual_information(critic: nn.Module, a: Tensor, b: Tensor) -> Tensor:
         return a.new_zeros(())
     pairs = torch.cat((a[:, None].expand(n, n, -1), b[None].expand(n, n, -1)), dim=-1)
     score = full_precision(critic(pairs)[..., 0])                       # T(a_i, b_j) (N, N)
-    itself = torch.eye(n, dtype=torch.bool, device=a.device)
-    apart = F.softplus(score).masked_fill(itself, 0)
+    apart = F.softplus(score).fill_diagonal_(0)
     return -F.softplus(-score.diagonal()).mean() - apart.sum() / (n * (n - 1))
 
 
@@ -337,8 +333,7 @@ class CorrKD(nn.Module):
 
     dims: feature width of text, audio and vision. task: "polarity", one decision, logits (B, C); or
     "emotions", four, logits (B, 4, C). classes: C. Train the stages in the order of `stages`, each after
-    `begin(stage)`; beside a stage's name stand the sets of streams that it is about, complete clips for
-    a teacher.
+    `begin(stage)`; beside a stage's name stand the sets of streams that its epoch is chosen on.
     """
 
     def __init__(self, dims: dict[str, int], task: str, config: Config | None = None, classes: int = 2):
@@ -357,7 +352,7 @@ class CorrKD(nn.Module):
         self.student = Network(dims, outputs, config)
         self.critics = nn.ModuleList((critic_of(1), critic_of(classes - 1)))    # of U and of V
         if not config.student:
-            self.stages = {"teacher": SETS}
+            self.stages = {"teacher": SETS}         # (*) as the student, which it is compared with
         elif config.scd or config.cpd or config.rcd or config.kl:
             self.stages = {"teacher": ("lav",), "student": SETS}
         else:
@@ -417,8 +412,8 @@ class CorrKD(nn.Module):
 
     @torch.no_grad()
     def teacher_outputs(self, complete: Streams, real: Masks = None) -> tuple[Tensor, Tensor] | None:
-        """H^t (B, 3d) and f^t (B, G C) of complete clips; None in a stage without a teacher. It is frozen:
-        they may be computed once a clip and their rows given to `losses`, which changes no number."""
+        """H^t (B, 3d) and f^t (B, G C) of complete clips; None in a stage without a teacher. They do
+        not change during a stage: compute them once and give their rows to `losses`."""
         if self.stage == "teacher" or "teacher" not in self.stages:
             return None
         return self.teacher(complete, real)

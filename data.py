@@ -14,7 +14,7 @@ or one folder of .npy a clip, with Double-Flow's label file. A split in memory i
     label                 float32 (N,) in [-3, 3], or (N, 4) of 0 and 1: neutral, happy, sad, angry; None where an
                           evaluated file has none
     id                    list of N strings ([] where the file has none)
-    lacking               the streams without a single frame that is not zero
+    lacking               the streams whose frames are all zeros
     details               stream -> what the file held, in words, for `check`
 
 Masks have one convention everywhere: `real` True = not padding; `present` True = the frame is there.
@@ -69,7 +69,7 @@ MAX_FRAMES = 1500       # of a training clip in feature folders; our choice
 # ---------------------------------------------------------------------------------- sentences and files
 
 def printable(text: str, most: int = 100) -> str:
-    """A file's own text made safe for a terminal: no control characters, no lone surrogates, not much over `most`."""
+    """A file's own text made safe for a terminal: at most `most` characters, no control ones, no lone surrogates."""
     text = text.encode(errors="backslashreplace").decode()
     text = "".join(c if c.isprintable() else " " for c in text)
     return text if len(text) <= most else f"{text[:most * 2 // 3]} ... {text[-most // 5:]}"
@@ -110,8 +110,8 @@ def is_special(path: Path) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path, named=False):
-    """A binary file to write, which takes the place of `path` once it is whole: a reader never sees half of it. Of a
-    path that the user named a link is followed, a device or FIFO written into; what lies in a run folder is replaced,
+    """A binary file to write, which takes the place of `path` once it is whole: a reader never sees half of it. Where
+    the user `named` the path, a link is followed, a device or FIFO written into; what lies in a run folder is replaced,
     never followed. DataError, and nothing left behind, if it cannot be written."""
     special = named and is_special(path)
     target = Path(os.path.realpath(path)) if named else path
@@ -137,7 +137,7 @@ def say(text: str = "", to: str = "stdout") -> None:
     stream = getattr(sys, to)
     if stream is None:
         return
-    text = printable(text, 2000)
+    text = printable(text, 10_000)
     try:
         encoding = stream.encoding or "utf-8"
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
@@ -461,8 +461,8 @@ def read_lengths(fields: dict, name: str, where: str, count: int, longest: int) 
 
 
 def spans(nonzero: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and behind-last real frame of each clip (0, 0 where there is none): the span of its frames that are not all
-    zero, (N, T), widened to the stated length (N,) where that covers the span from the front or from the back."""
+    """First real frame of each clip and the one behind its last (0, 0 where there is none): the span of its frames
+    that are not all zero, (N, T), widened to the stated length (N,) where that covers it from the front or the back."""
     longest = nonzero.shape[1]
     frames = torch.arange(longest)
     length = length.clamp(min=1)
@@ -470,7 +470,7 @@ def spans(nonzero: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, to
     stop = torch.where(nonzero, frames + 1, 0).amax(1)
     start = start.minimum(stop)
     back = (stop > 0) & (stop <= length)                # padded behind, the stated length fits
-    front = (stop == longest) & (start >= stop - length) & ~back
+    front = (stop == longest) & (start >= stop - length) & ~back    # padded in front, the stated length fits
     start = torch.where(back, 0, torch.where(front, stop - length, start))
     return start, torch.where(back, length, stop)
 
@@ -732,7 +732,7 @@ def data_set_of(sizes: list) -> str | None:
     """The data set that a file's sizes say: each within a tenth of the standard one, as the same data set's
     releases are of each other."""
     for name, standard in SIZES.items():
-        near = [abs(n - m) <= m / 10 for n, m in zip(sizes, standard) if n is not None]
+        near = [abs(n - usual) <= usual / 10 for n, usual in zip(sizes, standard) if n is not None]
         if all(near) and len(near) > 1:         # one split alone may be of about that size by chance
             return name
     return None
@@ -833,9 +833,9 @@ def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "v
 
     stats: an earlier load's, in the place of the training split's own. limit: only the first clips of each split.
     features (stream -> folder) and labels: clips are read batch by batch, as they are, so normalize must be off.
-    The file must hold `splits` alone; where train is asked for, train and valid must have labels. Memory peaks at the
-    file plus the float32 size of the features asked for (pickles of protocol 3 and later). DataError for whatever is
-    wrong with the files.
+    Of the three splits the file needs only these; where train is asked for, train and valid must have labels. Memory
+    peaks at the file plus the float32 size of the features asked for (pickles of protocol 3 and later). DataError for
+    whatever is wrong with the files.
     """
     if features and (normalize or dataset == "iemocap" or labels is None):
         raise DataError("--features is for --dataset mosi or mosei, with --labels FILE, Double-Flow's "
@@ -885,7 +885,7 @@ def comparison(run: dict, source: dict, widths: dict) -> tuple[bool, str]:
     if source["synthetic"]:
         reasons.append("the data is SYNTHETIC")
     if run["limit"]:
-        reasons.append(f"only the first {run['limit']} clips of each split are used")
+        reasons.append(f"the run is of only the first {run['limit']} clips of each split")
     if sizes[2] != standard[2]:
         reasons.append(f"test has {sizes[2] or 'no'} clips, {run['dataset']}'s standard split {standard[2]}")
     if dims["text"] != widths["text"]:
@@ -904,13 +904,14 @@ def comparison(run: dict, source: dict, widths: dict) -> tuple[bool, str]:
 # ---------------------------------------------------------------------------------- missing frames and streams
 
 def drop(real: torch.Tensor, rate, generator: torch.Generator) -> torch.Tensor:
-    """present (N, T): floor(rate * n + u) of a clip's n real frames are not, u uniform in [0, 1), the frames uniform
-    without replacement. rate: a number or (N,). The mean rate is exact even for clips of one frame."""
+    """present (N, T): of a clip's n real frames floor(rate * n + u) are dropped, each equally likely. u is uniform in
+    [0, 1), so the mean rate is exact even for clips of one frame. rate: a number or (N,)."""
     n = real.sum(1)
     u = torch.rand(len(real), dtype=torch.float64, generator=generator)
     number = (torch.as_tensor(rate, dtype=torch.float64) * n + u).floor()
-    order = torch.rand(real.shape, generator=generator).masked_fill(~real, 2.0).argsort(1).argsort(1)
-    return real & (order >= number[:, None])
+    order = torch.rand(real.shape, generator=generator).masked_fill(~real, 2.0).argsort(1)      # padding comes last
+    rank = order.argsort(1)
+    return real & (rank >= number[:, None])
 
 
 def training_masks(real: dict, generator: torch.Generator) -> dict:
@@ -948,10 +949,10 @@ def realised(present: dict, real: dict) -> dict:
     return result
 
 
-def batches(real: dict, index: torch.Tensor, size: int, generator: torch.Generator, pool=4) -> list:
-    """`index` as random batches of clips of similar length: sorted by length, ties at random, cut into pools of
+def batches(real: dict, size: int, generator: torch.Generator, pool=4) -> list:
+    """Random batches (indices) of clips of similar length: sorted by length, ties at random, cut into pools of
     `pool` batches, shuffled inside each pool, the batches in random order."""
-    index = index[torch.randperm(len(index), generator=generator)]
+    index = torch.randperm(len(real["text"]), generator=generator)
     frames = sum(real[m][index].sum(1) for m in STREAMS)
     pools = index[frames.argsort(stable=True)].split(pool * size)
     index = torch.cat([p[torch.randperm(len(p), generator=generator)] for p in pools])
@@ -1010,8 +1011,8 @@ def random_labels(dataset: str, split: str, rng: np.random.Generator) -> tuple[n
 
 
 def random_frames(name: str, shared_seed: list, cues: np.ndarray, length: np.ndarray, longest: int, rng):
-    """Front-padded float32 array (N, longest, d): a frame is a mix of 12 hidden factors. In a few frames of a clip,
-    marked by the first factor, those behind it carry `cues` (N, k)."""
+    """Front-padded float32 array (N, longest, d): a frame is a mix of 12 hidden factors. In a few frames of a clip the
+    first factor is raised, and the next k carry `cues` (N, k)."""
     shared = np.random.default_rng(shared_seed)             # the same in all splits
     width = GLOVE[name]
     mix, scale = shared.standard_normal((12, width)), 10 ** shared.uniform(-1, 1, width)

@@ -44,7 +44,8 @@ where a frame belongs to the clip, missing or not.
       v = [g^f; g^m], n = 2B, tau = 2
 
 (*) Where no simulated text is at hand, a linear map of each audio frame into the text's width, learned
-with the missing flow, stands in for the language model. (*) A clip whose text is all zeros takes the
+with the missing flow, stands in for the language model. (*) Simulated text that the data
+carries stays whole while any audio frame is left, else it is zeros. (*) A clip whose text is all zeros takes the
 missing flow, every other one the complete flow. These two cases on MOSEI are all that the paper has:
 missing audio or vision, other data sets, and classes (cross-entropy in place of MSE; RNC compares
 one-hot vectors by L1) are extensions. Training sees complete clips and simulated text alone.
@@ -88,7 +89,7 @@ FEATURES = {"text": 4096, "audio": 1024, "vision": 1024}    # widths of the feat
 
 @dataclass
 class Config:
-    """Defaults: the official code's for MOSEI, the paper's only data set."""
+    """Defaults: the official code's for MOSEI, the paper's only data set, but for `mia`."""
     lr: float = 1e-4
     weight_decay: float = 1e-5
     batch_size: int = 96
@@ -124,7 +125,7 @@ ABLATIONS = {
 # MSE, but its checkpoints are named and chosen by MAE. The paper's other tables are not known to us.
 REPORTED = {"mosi": {"": {}}, "mosei": {"": {"MAE": {"lav": 0.5060, "av": 0.5503}}}, "iemocap": {"": {}}}
 
-# Where the official code keeps our parameters: the longest of our prefixes that fits -> theirs.
+# Our names of parameters -> the official code's; the longest prefix that fits counts.
 OFFICIAL = {
     "project.audio": "frame_dim_reshape_0",
     "project.text": "frame_dim_reshape_1",
@@ -183,7 +184,7 @@ def check_names(names, what: str) -> None:
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """float32 at least: there is no cdist in half precision, and it would lose small distances."""
+    """float32 at least: half precision has no cdist and would lose small distances."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -293,14 +294,13 @@ def rank_n_contrast(features: Tensor, labels: Tensor, temperature: float = 2.0) 
     features = full_precision(features)
     labels = labels.reshape(n, -1).to(features)
     gap = (labels[:, None] - labels[None]).abs().sum(-1)            # |y_i - y_k| (n, n)
-    itself = torch.eye(n, dtype=torch.bool, device=features.device)
-    gap = gap.masked_fill(itself, -torch.inf)                       # i comes first and is in no tail
+    gap.fill_diagonal_(-torch.inf)                                  # i comes first and is in no tail
     # Not through the matrix product: it loses small distances. The gradient of cdist is 0 at distance 0.
     s = -torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist") / temperature
     order = gap.argsort(dim=1)
     tail = s.gather(1, order).flip(1).logcumsumexp(1).flip(1)       # log sum over all from a place on
     first = torch.searchsorted(gap.gather(1, order), gap - 1e-4)    # where the k of (i, j) begin
-    return (tail.gather(1, first) - s).masked_fill(itself, 0).sum() / (n * (n - 1))
+    return (tail.gather(1, first) - s).fill_diagonal_(0).sum() / (n * (n - 1))
 
 
 def stack(first: Tensor, second: Tensor) -> Tensor:

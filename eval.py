@@ -5,7 +5,8 @@
     python eval.py runs/mosi/corrkd/s1111 --data-dir mine.pkl    clips of one's own, labelled or not
 
 The runs of one folder differ in their seed alone and are averaged. Each run folder gets results.json,
-every number, and predictions.csv, every answer, in the place of an earlier evaluation's.
+every number (NaN where there is none), and predictions.csv, every answer, in the place of an earlier
+evaluation's.
 """
 import argparse
 import csv
@@ -96,8 +97,7 @@ def constant(truth: torch.Tensor, task: str):
 
 
 def weighted_f1(truth: np.ndarray, answer: np.ndarray) -> float:
-    """In per cent; nan of no clip. By keyword: with truth and answer swapped the weights are the
-    answer's."""
+    """In per cent; nan of no clip. By keyword, as the order matters: classes are weighted by the truth."""
     if len(truth) == 0:
         return math.nan
     return 100 * float(f1_score(y_true=truth, y_pred=answer, average="weighted", zero_division=0))
@@ -248,8 +248,8 @@ def score(results: dict) -> float:
 class Linear(torch.nn.Module):
     """The linear baseline, evaluated like every model: the mean over the real frames of each stream
     (zeros where it is absent; a dropped frame counts as the zeros that it is), side by side, times a
-    matrix. weight (outputs, width), bias (outputs,); an output is a sentiment, or the lead of class 1 in
-    a decision."""
+    matrix. weight (outputs, width), bias (outputs,); an output is a sentiment, or above 0 where a
+    decision is for class 1."""
 
     def __init__(self, task: str, weight: torch.Tensor, bias: torch.Tensor):
         super().__init__()
@@ -282,7 +282,7 @@ def fit_linear(loaded: dict, task: str) -> dict | None:
     generator = torch.Generator().manual_seed(0)
     copies = {i: data.training_masks(train["real"], generator) for i in range(COPIES)}
     width = sum(train[m].shape[2] for m in STREAMS)
-    features = Linear("regression", torch.eye(width).double(), torch.zeros(width))     # outputs its inputs
+    features = Linear("regression", torch.eye(width).double(), torch.zeros(width))     # the identity
     index, truth = targets(train["label"].cpu(), task)
     outputs = predict_under(features.to(device), train, copies)
     x = torch.cat([outputs[i][index] for i in copies]).numpy()      # (copies n, width)
@@ -299,7 +299,7 @@ def fit_linear(loaded: dict, task: str) -> dict | None:
         weight = np.atleast_2d(ridge.coef_)
         linear = {"weight": torch.tensor(weight), "bias": torch.tensor(ridge.intercept_)}
         valid_score = score(evaluate(Linear(task, **linear).to(device), task, valid, sets, "valid"))
-        if best is None or valid_score > best_score:
+        if valid_score > best_score:
             best_score, best = valid_score, linear
     return best
 
@@ -399,19 +399,19 @@ def check_outputs(args, folders: list[Path]) -> None:
     """A DataError if something that the evaluation shall write cannot be written, before it and not
     after it."""
     outputs = [path for path in (args.csv, args.plot) if path]
-    targets = [Path(os.path.realpath(path)) for path in outputs]
-    for path, target in zip(outputs, targets):
-        if target.is_dir():
+    places = [Path(os.path.realpath(path)) for path in outputs]
+    for path, place in zip(outputs, places):
+        if place.is_dir():
             raise DataError(f"{path} is a folder: name a file.")
-        if target.name in RUN_FILES:
+        if place.name in RUN_FILES:
             raise DataError(f"{path} has the name of a run's own file: name another one.")
-        if targets.count(target) > 1:
+        if places.count(place) > 1:
             raise DataError(f"--csv and --plot are both {path}: name two files.")
     if args.csv and args.csv.is_file() and not data.is_special(args.csv):
         with data.opening(args.csv, "Name another file.") as file:
             if file.read(len(CSV_START)) not in (b"", CSV_START):
                 raise DataError(f"--csv {args.csv} exists, and is no table of eval.py: name another file.")
-    new = [target.parent for path, target in zip(outputs, targets) if not data.is_special(path)]
+    new = [place.parent for path, place in zip(outputs, places) if not data.is_special(path)]
     for folder in (*folders, *new):
         data.check_writable(folder)
     if args.plot:
@@ -861,12 +861,10 @@ def evaluate_all(args) -> None:
     groups, loaded, loaded_for = {}, None, None
     for folder, checkpoint in checkpoints.items():
         run = checkpoint["run"]
-        data_key = [checkpoint["load"], *(run[key] for key in ("dataset", "limit", "normalize", "data"))]
-        data_key = repr(data_key)       # of a tensor or a list in itself too
-        if data_key != loaded_for:      # seeds and ablations share their data
-            with data.reading(folder / "model.pt", AGAIN):
-                loaded, loaded_for = load_split(checkpoint, args, device), data_key
+        data_key = repr([checkpoint["load"], *(run[key] for key in ("dataset", "limit", "normalize", "data"))])
         with data.reading(folder / "model.pt", AGAIN):
+            if data_key != loaded_for:      # seeds and ablations share their data
+                loaded, loaded_for = load_split(checkpoint, args, device), data_key
             result = evaluate_run(folder, checkpoint, loaded, args, device)
         if result:
             groups.setdefault(folder.parent, []).append(result)

@@ -17,7 +17,7 @@ command, on the same machine to the same numbers (on CUDA with --deterministic).
                     stats   stream -> (mean, deviation): a frame that is not all zeros becomes (x - mean) / deviation,
                             clipped to [-5, 5]; frames of zeros stay. None: the features are used as they are
                     linear  weight and bias of the linear baseline, or None
-                    epoch   the epoch of the last stage whose weights these are; None with --official
+                    epoch   in which epoch of the last stage these weights were best; None with --official
                     model   the weights, of CorrKD those of teacher, student and critics
 
 Runs are independent of each other, so the shell runs several side by side, and a cluster many:
@@ -25,8 +25,8 @@ Runs are independent of each other, so the shell runs several side by side, and 
     printf '%s\\n' 1111 1112 1113 1114 1115 | OMP_NUM_THREADS=1 xargs -P 5 -n 1 \\
         python train.py --method corrkd --dataset mosei --seeds
 
-    #SBATCH --array=1111-1115
-    python train.py --method corrkd --dataset mosei --seeds $SLURM_ARRAY_TASK_ID
+    #SBATCH --array=1-5
+    python train.py --method corrkd --dataset mosei --seeds $((1110 + SLURM_ARRAY_TASK_ID))
 """
 import argparse
 import io
@@ -134,15 +134,12 @@ def check_arguments(args, refuse) -> None:
         streams = [name for name, _ in args.features]
         if len(set(streams)) < len(streams):
             refuse(f"--features names a stream twice: {', '.join(streams)}")
-        args.features = dict(args.features)
+        args.features = {name: os.path.abspath(folder) for name, folder in args.features}
+        args.labels = os.path.abspath(args.labels)
     args.ablate = list(dict.fromkeys(args.ablate or [""]))
     args.seeds = list(dict.fromkeys(args.seeds or [1111, 1112, 1113, 1114, 1115]))
     args.normalize = not (args.no_normalize or args.features)
-    # Absolute, so that eval.py finds the data again from any folder.
-    args.data_dir = os.path.abspath(args.data_dir or "data")
-    if args.features:
-        args.features = {name: os.path.abspath(folder) for name, folder in args.features.items()}
-        args.labels = os.path.abspath(args.labels)
+    args.data_dir = os.path.abspath(args.data_dir or "data")    # so that eval.py finds it from any folder
     args.max_frames = args.max_frames or data.MAX_FRAMES
 
 
@@ -206,11 +203,9 @@ def introduce(run: dict, loaded: dict, device: torch.device) -> None:
     say(f"command: {computer['command']}")
     say(f"code: commit {computer['commit']}; {versions}")
     say(f"device: {computer['device']}")
-    say(f"data: {source['file']}; {len(loaded['train']['label'])} training and "
-        f"{len(loaded['valid']['label'])} validation clips, widths {widths}")
-    if source["sha256"]:
-        folders = source["layout"] == "feature folders"
-        say(f"      {'fingerprint of names, sizes and times' if folders else 'SHA-256'} {source['sha256']}")
+    say(f"data: {data.identity(source)}")
+    say(f"clips: {len(loaded['train']['label'])} for training, {len(loaded['valid']['label'])} for validation; "
+        f"widths {widths}")
     for note in (*source["notes"], data.comparison(run, source, module.FEATURES)[1]):
         if note:
             say(f"note: {note}")
@@ -311,7 +306,7 @@ def train_epoch(model, optimizer, split: dict, index, truth, teacher, config, ge
     model.train()
     parameters = optimizer.param_groups[0]["params"]
     real = {m: split["real"][m][index] for m in data.STREAMS}
-    order = data.batches(real, torch.arange(len(index)), config.batch_size, generator)
+    order = data.batches(real, config.batch_size, generator)
     step_losses = []
     for rows in tqdm(order, desc=name, unit="step", leave=False, disable=None):
         complete, missing, real = data.batch(split, index[rows], generator)
@@ -329,7 +324,7 @@ def train_epoch(model, optimizer, split: dict, index, truth, teacher, config, ge
         step, term = broken[0].tolist()
         raise DataError(f"{name}, step {step + 1}: the loss term '{list(terms)[term]}' is not finite. "
                         "Try a lower --lr, and look at the features with python data.py check.")
-    # The last batch is smaller: every clip counts once, not every step.
+    # One batch may be smaller: every clip counts once, not every step.
     share = torch.tensor([len(rows) for rows in order], dtype=torch.float64) / len(index)
     return dict(zip(terms, (share @ values).tolist()))
 
@@ -347,7 +342,7 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
         state = {"run": run, "stage": 0, "epoch": 0, "best": None, "history": []}
     else:
         with data.reading(folder / "last.pt", START_OVER):
-            model.load_state_dict(state["best"]["weights"])     # wanted at the end of the stage: do they fit?
+            model.load_state_dict(state["best"]["weights"])     # only to see that they fit
             model.load_state_dict(state["model"])
             say(f"continuing after {stages[state['stage']]} epoch {state['epoch']}")
 
@@ -444,7 +439,6 @@ def train_all(args) -> None:
     runs = [describe(args, ablation, seed, loaded) for ablation in args.ablate for seed in args.seeds]
     introduce(runs[0], loaded, device)
     linear = fit_linear(loaded, runs[0]["task"])
-    groups = []             # the folders above the seeds
     for run in runs:
         folder = run_folder(args, run)
         folder.mkdir(parents=True, exist_ok=True)
@@ -460,10 +454,9 @@ def train_all(args) -> None:
                 say("model.pt was missing, and is written again")
         else:
             train(run, folder, loaded, load, linear, device, state)
-        if folder.parent not in groups:
-            groups.append(folder.parent)
+    groups = dict.fromkeys(str(run_folder(args, run).parent) for run in runs)
     say()
-    say(f"the test table: python eval.py {shlex.join(map(str, groups))}")
+    say(f"the test table: python eval.py {shlex.join(groups)}")
 
 
 def main(argv=None) -> int:

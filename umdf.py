@@ -27,7 +27,7 @@ LayerNorm; FFN = Linear, ReLU, Linear; GAP = global average pooling, the mean ov
 attention and means leave padding out, so that no answer depends on the longest clip of a batch.
 
   (1) F_m = Transformer_m(sqrt(d) Conv1d_k3(X_m) + PE(T_m, d))  in R^(T_m x d)             Encoder
-      as CorrKD's, the same authors' next paper, so that the methods compare; depth, pre-LayerNorm,
+      as CorrKD's, by the same authors, so that the methods compare; depth, pre-LayerNorm,
       dropout outside attention and a kernel without bias are open there too
   (2) Block(x; y) = u + FFN(LN(u)),  u = x + Attention(q = LN(x), k = v = LN(y)),  FFN 4d  Block
   (3) C_m = Block_m(F_m; [F_text; F_audio; F_vision])  joined in time: coarse              UMDF.interact
@@ -42,7 +42,7 @@ attention and means leave padding out, so that no answer depends on the longest 
   (9) resp = 1/2 (D(sg y^c, y^m) + D(sg y^m, y^c))                              both_ways, divergence
       D(t, s): (t - s)^2 for regression, KL(softmax t || softmax s) for classification
   (10) total = task(y^c) + task(y^m) + rep + resp,  task: squared error or cross-entropy   UMDF.losses
-      all weights are 1, as the group's papers have them; means over four decisions for emotions
+      all weights are 1, as CorrKD's; means over four decisions for emotions
 
 Use in another code base (this file needs torch alone), as train.py trains it:
 
@@ -80,7 +80,7 @@ Masks = dict[str, Tensor] | None        # m -> (B, T_m), True = not padding; Non
 @dataclass
 class Config:
     """Nothing is known of UMDF's own settings. Learning rate, batch size, epochs, heads and width are
-    those of the group's next paper on the same data (HRLF, NeurIPS 2024), for MOSI; the rest is our choice."""
+    those of HRLF (NeurIPS 2024), the group's paper on the same data, for MOSI; the rest is our choice."""
     lr: float = 1e-3
     batch_size: int = 128
     epochs: int = 50
@@ -135,8 +135,8 @@ def learning_rate_factor(epoch: int) -> float:
 
 
 def check_names(names, what: str) -> None:
-    """A ValueError unless these are the streams, none too few and none that would be ignored: simulated
-    text is Double-Flow's alone."""
+    """A ValueError unless these are the three streams. Simulated text, which Double-Flow alone uses, may
+    stand beside them."""
     if not isinstance(names, dict) or set(names) - {"simulated_text"} != set(STREAMS):
         raise ValueError(f"{what} must be a dict of {', '.join(STREAMS)}: give zeros of width 1 for a "
                          "stream that you do not have")
@@ -154,6 +154,7 @@ def masks_of(streams: Streams, real: Masks) -> Streams:
     """real as bool masks, all True where it is None."""
     if real is None:
         return {m: torch.ones_like(streams[m][..., 0]).bool() for m in STREAMS}
+    check_names(real, "real")
     return {m: real[m].bool() for m in STREAMS}
 
 
@@ -200,8 +201,7 @@ class Encoder(nn.Module):
     """(1) for one stream: (B, T, d_m) -> F_m (B, T, d).
 
     real (B, T) bool, True = not padding. Positions are counted from a clip's first real frame, so what
-    comes of real frames does not depend on where or how far a clip is padded; what comes of padding means
-    nothing.
+    comes of real frames is the same wherever the padding stands; what comes of padding means nothing.
     """
 
     def __init__(self, in_width: int, config: Config):
@@ -313,8 +313,6 @@ class UMDF(nn.Module):
     def represent(self, streams: Streams, real: Masks = None) -> Tensor:
         """H (B, 3d), (1) to (6)."""
         check_names(streams, "streams")
-        if real is not None:
-            check_names(real, "real")
         lengths = [streams[m].shape[1] for m in STREAMS]
         if self.config.aligned and len(set(lengths)) > 1:
             raise ValueError(f"streams of {lengths} frames are not aligned: use Config(aligned=False)")
@@ -348,9 +346,7 @@ class UMDF(nn.Module):
         check_names(complete, "complete")
         check_names(missing, "missing")
         both = {m: torch.cat((complete[m], missing[m])) for m in STREAMS}   # (2B, T_m, d_m)
-        if real is not None:
-            check_names(real, "real")
-            real = {m: torch.cat((real[m], real[m])) for m in STREAMS}
+        real = {m: torch.cat((mask, mask)) for m, mask in masks_of(complete, real).items()}
         h = self.represent(both, real)
         h_c, h_m = h.chunk(2)
         y_c, y_m = self.classify(h).chunk(2)

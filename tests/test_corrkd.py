@@ -50,7 +50,7 @@ def test_sample_contrastive_is_equation_4(margin):
 @pytest.mark.parametrize("labels", [[0, 1, 3, 1, 0, 3, 3], [2] * 7, [0, 1, 2, 3, 0, 1, 2]])
 def test_prototype_consistency_is_equations_5_and_6(labels):
     """The first batch lacks a class, the second has one alone: what is absent is left out."""
-    s, t = torch.randn(7, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    s, t = torch.randn(7, 4, dtype=torch.float64), torch.randn(7, 6, dtype=torch.float64)
     total = 0.0
     for k in set(labels):
         members = [j for j in range(7) if labels[j] == k]
@@ -234,8 +234,14 @@ def test_parameter_counts_are_pinned(classes):
     assert sum(p.numel() for p in model.parameters()) == 2 * network + critics
 
 
+def test_one_clip_has_no_pair():
+    s, t = torch.randn(1, 5), torch.randn(1, 5)
+    assert corrkd.sample_contrastive(s, t, 1.2, normalize=False) == (s - t).square().sum()
+    assert corrkd.jsd_mutual_information(corrkd.critic_of(5), s, t) == 0
+
+
 def test_what_is_listed_for_the_paper_is_the_default():
     listed = {"mosi": (4e-3, 64, 50, 10, 1.2), "mosei": (2e-3, 32, 20, 8, 1.0), "iemocap": (4e-3, 64, 30, 10, 1.4)}
     for name, c in corrkd.PAPER.items():
-        assert (c.scd, c.cpd, c.rcd, c.kl) == (1, 1, 1, 0)
+        assert (c.scd, c.cpd, c.rcd, c.kl, c.clip) == (1, 1, 1, 0, 1)
         assert (c.lr, c.batch_size, c.epochs, c.heads, c.margin) == listed[name]

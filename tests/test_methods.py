@@ -274,8 +274,12 @@ def test_other_streams_than_the_three_are_refused_and_zeros_of_width_1_may_stand
         for mistake in (lambda: module.Model(dims, module.TASKS["mosi"]), lambda: model_of(name).represent(x)):
             with pytest.raises(ValueError, match="dict of text, audio, vision: give zeros of width 1"):
                 mistake()
-    with pytest.raises(ValueError, match="real must be a dict of text, audio, vision"):
-        model_of(name).represent(clips()[0], torch.ones(5, 8))
+    x, real = clips()
+    for wrong in (torch.ones(5, 8), {m: real[m] for m in ("text", "audio")}):
+        with pytest.raises(ValueError, match="real must be a dict of text, audio, vision"):
+            model_of(name).double().represent(x, wrong)
+        with pytest.raises(ValueError, match="real must be a dict of text, audio, vision"):
+            model_of(name).double().losses(x, x, target_of(model_of(name).task), wrong)
     model, (x, real) = model_of(name, dims={**DIMS, "vision": 1}).double(), clips()
     x["vision"] = x["vision"][..., :1] * 0
     assert model.losses(x, half_of(x), target_of(model.task), real)["total"].isfinite()
@@ -294,7 +298,9 @@ def test_a_target_of_another_shape_is_refused(case):
 
 MISTAKES = [("corrkd", "regression", {}, "not 'regression'"), ("umdf", "sentiment", {}, "not 'sentiment'"),
             ("double_flow", "sentiment", {}, "not 'sentiment'"), ("double_flow", None, {"mia": "x"}, "x_t, z or off"),
-            ("corrkd", None, {"heads": 7}, "no multiple of"), ("umdf", None, {"heads": 7}, "no multiple of")]
+            ("corrkd", None, {"heads": 7}, "no multiple of"), ("umdf", None, {"heads": 7}, "no multiple of"),
+            ("corrkd", None, {"width": 35, "heads": 5}, "not even"),
+            ("umdf", None, {"width": 35, "heads": 5}, "not even")]
 
 
 @pytest.mark.parametrize("name, task, changes, message", MISTAKES)
@@ -339,7 +345,7 @@ for name in {list(METHODS)}:
         assert modules - set(sys.stdlib_module_names) - {"torch"} == {name}
 
 
-def test_distances_and_critics_are_full_precision_under_autocast():
+def test_similarities_under_autocast_and_a_half_precision_critics_scores_are_full_precision():
     """Prototype similarities that differ by little, and a sum over more pairs than half precision can hold."""
     torch.manual_seed(0)
     teacher = torch.randn(64, 120)
@@ -354,16 +360,18 @@ def test_distances_and_critics_are_full_precision_under_autocast():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_masks_and_copies_that_lack_a_stream_and_one_class_are_refused(name):
+def test_missing_copies_that_lack_a_stream_and_one_class_are_refused(name):
     model = model_of(name)
     x = {m: torch.randn(4, 6, d) for m, d in DIMS.items()}
-    with pytest.raises(ValueError, match="real"):
-        model.represent(x, {m: torch.ones(4, 6) for m in ("text", "audio")})
     if name != "double_flow":               # which has no use for the missing copies
         with pytest.raises(ValueError, match="text, audio"):
             model.losses(x, {m: x[m] for m in ("text", "audio")}, torch.zeros(4).long())
     with pytest.raises(ValueError, match="classes must be 2 or more, not 1"):
         model_of(name, "polarity", classes=1)
+
+
+def test_the_learning_rate_of_corrkd_and_umdf_is_constant():
+    assert {METHODS[name].learning_rate_factor(epoch) for name in ("corrkd", "umdf") for epoch in range(50)} == {1}
 
 
 def test_stored_outputs_of_a_teacher_get_no_gradient():

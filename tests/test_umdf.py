@@ -167,7 +167,13 @@ def test_parameter_counts_are_pinned(task, classes, outputs):
     assert sum(p.numel() for p in model.parameters()) == encoders + 12 * 19720 + 3 * 3280 + 29040 + head
 
 
+def test_what_is_listed_is_the_default():
+    listed = {"mosi": (1e-3, 128, 50, 10), "mosei": (2e-3, 16, 20, 8), "iemocap": (4e-3, 32, 30, 10)}
+    for name, c in umdf.PAPER.items():
+        assert (c.rep, c.resp, c.clip) == (1, 1, 1)
+        assert (c.lr, c.batch_size, c.epochs, c.heads) == listed[name]
+
+
 def test_unaligned_streams_ask_for_their_config():
-    assert umdf.Config().rep == umdf.Config().resp == 1
     with pytest.raises(ValueError, match="not aligned"):
         model_of()(**clips(2, UNALIGNED)[0])
