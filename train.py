@@ -69,7 +69,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--batch-size", type=int, metavar="N", help="default: PAPER in the method's file")
     add("--lr", type=float, metavar="X", help="learning rate of Adam (default: PAPER in the method's file)")
     add("--ablate", nargs="+", metavar="NAME",
-        help="a run for each NAME instead of the full method; all: the full method and each NAME. "
+        help="a run for each NAME instead of the full method, whose own name is \"\"; all: it and each NAME. "
         + "; ".join(f"{name}: {', '.join(module.ABLATIONS)}" for name, module in METHODS.items()))
     add("--no-normalize", action="store_true",
         help="use the features as they are, not standardised by the training split")
