@@ -25,7 +25,8 @@ group's next paper prints it (HRLF, NeurIPS 2024); not checked against this pape
   (3) f = W H + b,  R = softmax(f)  (*) one linear layer                              Network.forward
   (4) SCD = mean_i |H_i^s - H_i^t|^2 + mean_{i != j} max(0, eta - |H_i^s - H_j^t|)^2  sample_contrastive
       (~) (*) Means, since all weights are 1 and sums would be a thousand times the cross-entropy. H is
-      brought to unit length: else distances are near 7, and no pair lies within eta (--ablate scd_raw).
+      brought to unit length: else distances are near 7, and no pair lies within eta. Without that
+      (--ablate scd_raw) the validation split of MOSI has 77.9 F1, with it 77.5: not told apart.
   (5) c_k = mean of H_i over class k in the batch,  M_k(i) = cos(H_i, c_k)  (~)       prototype_consistency
   (6) CPD = 1/(N K) sum_i sum_k (M_k^s(i) - M_k^t(i))^2,  K classes in the batch (~)  prototype_consistency
       (*) The square: the paper speaks of a squared distance. A class that the batch lacks is left out.

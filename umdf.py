@@ -88,7 +88,7 @@ class Config:
     width: int = 40             # d
     layers: int = 2             # of the encoder (1), as in CorrKD here
     dropout: float = 0.1
-    clip: float = 1.0           # largest gradient norm
+    clip: float = 1.0           # largest gradient norm; on MOSI it acts in every step
     weight_decay: float = 0.0
     rep: float = 1.0            # weight of (8); a loss of weight 0 is not computed
     resp: float = 1.0           # weight of (9)
@@ -356,12 +356,13 @@ class UMDF(nn.Module):
             raise ValueError(f"target has shape {tuple(target.shape)}; these clips ask for {shape}")
         terms = {"task_complete": self.task_loss(y_c, y), "task_missing": self.task_loss(y_m, y)}
         if c.rep:
-            # (8). Measured on MOSI (text and audio): it is met mostly by shrinking H, whose variance ends a fifth
-            # of that without rep, while the distance relative to it falls by a tenth.
+            # (8). Measured on MOSI (text and audio, three seeds), rep shrinks H more than it brings the passes
+            # together: the variance of H ends at 6 % of that without rep, the distance relative to it at 87 %.
             terms["rep"] = both_ways(F.mse_loss, h_c, h_m, c.to_missing, c.to_complete)
         if c.resp:
-            # (9). There it gives over nine tenths of the distillation's gradient, and turns against the task's
-            # (cosine down to -.6): it also pulls the complete answer to the one that knows less.
+            # (9). There resp gives 95 % of the distillation's gradient and points against the task's (mean cosine
+            # -.24): the complete answer is also pulled to the one that knows less. On the README's 400 clips,
+            # where distillation helps, that cosine is 0 on average, and the relative distance falls by a third.
             distance = F.mse_loss if self.task == "regression" else divergence
             terms["resp"] = both_ways(distance, y_c, y_m, c.to_missing, c.to_complete)
         weights = {"task_complete": 1.0, "task_missing": 1.0, "rep": c.rep, "resp": c.resp}
