@@ -362,7 +362,7 @@ class UMDF(nn.Module):
         if c.resp:
             # (9). There resp gives 95 % of the distillation's gradient and points against the task's (mean cosine
             # -.24): the complete answer is also pulled to the one that knows less. On the README's 400 clips,
-            # where distillation helps, that cosine is 0 on average, and the relative distance falls by a third.
+            # where distillation helps, that cosine is 0 on average, and the relative distance falls from .97 to .58.
             distance = F.mse_loss if self.task == "regression" else divergence
             terms["resp"] = both_ways(distance, y_c, y_m, c.to_missing, c.to_complete)
         weights = {"task_complete": 1.0, "task_missing": 1.0, "rep": c.rep, "resp": c.resp}
