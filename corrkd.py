@@ -4,10 +4,10 @@ Modalities. Li et al., CVPR 2024, pp. 12458-12468, https://arxiv.org/abs/2404.16
 A teacher is trained on complete clips and frozen. A student of the same architecture then sees copies
 of the clips with frames and whole streams missing (MRM, Modality Random Missing). It learns from the
 labels, and from the teacher by three losses: to place each clip where the teacher places it, away from
-other clips (SCD, sample-level contrastive distillation); to be as similar to each class prototype as the
-teacher is (CPD, category-guided prototype distillation); and to answer in agreement with it, the target class
-and the other classes apart (RCD, response-disentangled consistency distillation). At test time the
-student works alone. No official code was found.
+other clips (SCD, sample-level contrastive distillation); to be as similar to each class prototype as
+the teacher is (CPD, category-guided prototype distillation); and to answer in agreement with it, the
+target class and the other classes apart (RCD, response-disentangled consistency distillation). At test
+time the student works alone. No official code was found.
 
 Notation: m in {text, audio, vision}; N clips, T frames, d = 40; G decisions a clip (1, or 4 emotions)
 among C classes each; superscripts t, s = teacher, student; PE = positional encoding; GAP = global
@@ -138,11 +138,6 @@ REPORTED = {
         "F1 neutral": _row(63.1, 54.2, 52.3, 68.5, 64.3, 57.2, 59.9, 71.5),
     }},
 }
-
-
-def learning_rate_factor(epoch: int) -> float:
-    """What the learning rate is multiplied by in epoch 0, 1, ...: it is constant."""
-    return 1.0
 
 
 def check_names(names, what: str) -> None:

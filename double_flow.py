@@ -44,10 +44,10 @@ where a frame belongs to the clip, missing or not.
       v = [g^f; g^m], n = 2B, tau = 2
 
 (*) Where no simulated text is at hand, a linear map of each audio frame into the text's width, learned
-with the missing flow, stands in for the language model. (*) Simulated text that the data
-carries stays whole while any audio frame is left, else it is zeros. (*) A clip whose text is all zeros takes the
-missing flow, every other one the complete flow. These two cases on MOSEI are all that the paper has:
-missing audio or vision, other data sets, and classes (cross-entropy in place of MSE; RNC compares
+with the missing flow, stands in for the language model. (*) Simulated text that the data carries
+stays whole while any audio frame is left, else it is zeros. (*) A clip whose text is all zeros takes
+the missing flow, every other one the complete flow. These two cases on MOSEI are all that the paper
+has: missing audio or vision, other data sets, and classes (cross-entropy in place of MSE; RNC compares
 one-hot vectors by L1) are extensions. Training sees complete clips and simulated text alone.
 
 Use in another code base (this file needs torch alone), as train.py trains it:

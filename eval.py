@@ -45,7 +45,7 @@ METHODS = {"umdf": umdf, "corrkd": corrkd, "double_flow": double_flow}
 #   REPORTED          data set -> ablation ("" = the full method) -> metric -> column -> the paper's number
 #   FEATURES          stream -> the width of the features that REPORTED is of
 #   TABLE             column -> title where the paper's table is not that of the seven sets, else {}
-#   learning_rate_factor(epoch) -> what lr is multiplied by in epoch 0, 1, ...
+#   learning_rate_factor(epoch) -> what lr is multiplied by in epoch 0, 1, ...; absent where it is constant
 #   Model(dims, task, config), an nn.Module with
 #     stages                                  stage -> the sets of streams that it is about
 #     begin(stage)                            before each stage, in the order of `stages`

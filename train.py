@@ -329,6 +329,17 @@ def train_epoch(model, optimizer, split: dict, index, truth, teacher, config, ge
     return dict(zip(terms, (share @ values).tolist()))
 
 
+def begin_stage(model, stage: str, config, state: dict, path: Path) -> torch.optim.Adam:
+    """The optimizer of a stage that begins, or goes on from `state`, which is what last.pt at `path` holds."""
+    model.begin(stage)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learning, lr=config.lr, weight_decay=config.weight_decay)
+    if state["epoch"]:
+        with data.reading(path, START_OVER):
+            optimizer.load_state_dict(state["optimizer"])
+    return optimizer
+
+
 def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None, device, state: dict | None) -> None:
     """All stages of one run, from `state` on, which is what last.pt holds, or from the beginning (None)."""
     module = METHODS[run["method"]]
@@ -348,19 +359,15 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
 
     for number in range(state["stage"], len(stages)):
         stage, last = stages[number], number == len(stages) - 1
-        model.begin(stage)
-        learning = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(learning, lr=config.lr, weight_decay=config.weight_decay)
-        if state["epoch"]:
-            with data.reading(folder / "last.pt", START_OVER):
-                optimizer.load_state_dict(state["optimizer"])
+        optimizer = begin_stage(model, stage, config, state, folder / "last.pt")
         teacher = teacher_rows(model, loaded["train"], index)
         sets = data.answerable(model.stages[stage], run["lacking"])     # the best epoch is chosen on these
 
         for epoch in range(state["epoch"], config.epochs):
             began, name = time.perf_counter(), f"{stage} {epoch + 1}/{config.epochs}"
             generator = seed_epoch(run["seed"], len(stages) - number, epoch)
-            optimizer.param_groups[0]["lr"] = config.lr * module.learning_rate_factor(epoch)
+            if hasattr(module, "learning_rate_factor"):
+                optimizer.param_groups[0]["lr"] = config.lr * module.learning_rate_factor(epoch)
             losses = train_epoch(model, optimizer, loaded["train"], index, truth, teacher, config, generator, name)
             valid = validate(model, run["task"], loaded["valid"], sets, name)
 
@@ -368,10 +375,10 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
             if better:      # a copy: the weights themselves go on changing
                 weights = {key: value.clone() for key, value in model.state_dict().items()}
                 state["best"] = {"score": score(valid), "epoch": epoch + 1, "weights": weights}
-            line = {"stage": stage, "epoch": epoch + 1, "best": state["best"]["epoch"], "losses": losses,
-                    "valid": valid}
-            state = {"run": run, "stage": number, "epoch": epoch + 1, "finished": last and epoch + 1 == config.epochs,
-                     "best": state["best"], "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            line = {"stage": stage, "epoch": epoch + 1, "best": state["best"]["epoch"],
+                    "losses": losses, "valid": valid}
+            state = {**state, "stage": number, "epoch": epoch + 1, "finished": last and epoch + 1 == config.epochs,
+                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                      "history": [*state["history"], line]}
             if number == 0 and epoch == 0:
                 begin_folder(folder, run, load, device)

@@ -129,11 +129,6 @@ REPORTED = {
 }
 
 
-def learning_rate_factor(epoch: int) -> float:
-    """What the learning rate is multiplied by in epoch 0, 1, ...: it is constant."""
-    return 1.0
-
-
 def check_names(names, what: str) -> None:
     """A ValueError unless these are the three streams. Simulated text, which Double-Flow alone uses, may
     stand beside them."""

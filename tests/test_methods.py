@@ -370,10 +370,6 @@ def test_missing_copies_that_lack_a_stream_and_one_class_are_refused(name):
         model_of(name, "polarity", classes=1)
 
 
-def test_the_learning_rate_of_corrkd_and_umdf_is_constant():
-    assert {METHODS[name].learning_rate_factor(epoch) for name in ("corrkd", "umdf") for epoch in range(50)} == {1}
-
-
 def test_stored_outputs_of_a_teacher_get_no_gradient():
     model = corrkd.CorrKD(DIMS, "polarity", corrkd.Config(kl=1.0))
     with pytest.warns(UserWarning):
