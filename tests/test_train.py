@@ -294,10 +294,12 @@ def test_all_nine_pairs_of_method_and_data_set_take_their_own_settings(tmp_path,
                     "--out", tmp_path / "my runs", *QUICK) == 0
     command = capsys.readouterr().out.splitlines()[-1].split("python ")[1]
     assert shlex.split(command) == ["eval.py", str(tmp_path / "my runs" / dataset / method)]
-    path = tmp_path / "my runs" / dataset / method / "s1" / "model.pt"
-    record, listed = torch.load(path, weights_only=True)["run"], evaluation.METHODS[method].PAPER[dataset]
+    path = tmp_path / "my runs" / dataset / method / "s1" / "last.pt"
+    state, listed = torch.load(path, weights_only=True), evaluation.METHODS[method].PAPER[dataset]
+    record, adam = state["run"], state["optimizer"]["param_groups"][0]
     assert record["task"] == evaluation.METHODS[method].TASKS[dataset]
-    assert (record["config"]["lr"], record["config"]["batch_size"]) == (listed.lr, listed.batch_size)
+    assert (record["config"]["batch_size"], adam["weight_decay"]) == (listed.batch_size, listed.weight_decay)
+    assert adam["lr"] == listed.lr / (5 if method == "double_flow" else 1)      # whose first epoch is a warm-up
 
 
 def test_a_validation_split_of_one_class_and_a_stream_that_one_split_lacks(tmp_path):
