@@ -289,7 +289,6 @@ def seed_epoch(seed: int, stages_left: int, epoch: int) -> torch.Generator:
 def teacher_rows(model, split: dict, index: torch.Tensor) -> list[torch.Tensor] | None:
     """The frozen teacher's outputs on each complete clip of `index`, or None where the stage has no teacher.
     They do not change during a stage, so they are computed once."""
-    model.eval()
     parts = []
     for clips in index.split(256):
         complete, _, real = data.batch(split, clips)

@@ -237,6 +237,22 @@ def test_an_epochs_mean_counts_clips_and_the_gradient_is_clipped(tmp_path, monke
     assert all(norm <= .01 + 1e-6 for norm in norms[:3]) and all(norm > .05 for norm in norms[3:])
 
 
+def test_a_step_gets_the_teachers_outputs_of_its_own_clips_and_trains_with_dropout(tmp_path, monkeypatch):
+    """40 clips in batches of 16, two epochs of two stages: the second epoch follows an evaluation."""
+    written(tmp_path / "data", learnable())
+    losses, training, given = corrkd.CorrKD.losses, [], []
+
+    def watched(self, complete, missing, target, real, teacher):
+        training.append(self.network.training)
+        if teacher is not None:
+            given.append(teacher)
+            torch.testing.assert_close(tuple(teacher), self.teacher_outputs(complete, real), rtol=1e-5, atol=1e-5)
+        return losses(self, complete, missing, target, real, teacher)
+    monkeypatch.setattr(corrkd.CorrKD, "losses", watched)
+    assert run(tmp_path, epochs="2") == 0
+    assert len(training) == 12 and all(training) and len(given) == 6
+
+
 def test_every_epoch_has_masks_of_its_own_and_ablations_share_the_masks_and_start_of_their_last_stage(
         tmp_path, monkeypatch):
     """Of those with the same layers; there the student begins as the same one."""
