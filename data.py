@@ -914,16 +914,26 @@ def drop(real: torch.Tensor, rate, generator: torch.Generator) -> torch.Tensor:
     return real & (rank >= number[:, None])
 
 
-def training_masks(real: dict, generator: torch.Generator) -> dict:
+def training_masks(real: dict, generator: torch.Generator, lacking=()) -> dict:
     """Modality random missing, present: stream -> (B, T_m). Our choice where the papers are silent: a clip keeps one
-    of the 7 non-empty sets of streams, and of each stream's frames it loses a share from 0, 0.1, ..., 0.9."""
-    count = len(real["text"])
-    available = torch.randint(1, 8, (count,), generator=generator)      # a bit for each stream
-    present = {}
-    for bit, m in enumerate(STREAMS):
-        rate = torch.randint(0, 10, (count,), generator=generator).double() / 10
-        present[m] = drop(real[m], rate, generator) & (available >> bit & 1).bool()[:, None]
-    return present
+    of the non-empty sets of the streams that it has (7, or 3 without vision), and of each stream's frames it loses a
+    share from 0, 0.1, ..., 0.9. A copy that would lose its last frame keeps one, each equally likely. lacking: the
+    streams that hold only zeros, though `real` may count their frames."""
+    held = torch.stack([real[m].any(1) & (m not in lacking) for m in STREAMS])      # (3, B)
+    sets = 2 ** held.sum(0) - 1                         # a bit for each stream that the clip has, 0 left out
+    chosen = 1 + (torch.rand(held.shape[1], generator=generator) * sets).long()
+    bit = held.cumsum(0) - 1
+    available = held & (chosen >> bit.clamp(min=0) & 1).bool()
+    present, could = [], []
+    for m, keeps in zip(STREAMS, available):
+        rate = torch.randint(0, 10, (len(keeps),), generator=generator).double() / 10
+        could.append(real[m] & keeps[:, None])
+        present.append(drop(could[-1], rate, generator))
+    present, could = torch.cat(present, 1), torch.cat(could, 1)                     # (B, frames of all streams)
+    one = torch.rand(could.shape, generator=generator).masked_fill(~could, -1).argmax(1)
+    empty = ~present.any(1)
+    present[empty, one[empty]] = could[empty, one[empty]]
+    return dict(zip(STREAMS, present.split([real[m].shape[1] for m in STREAMS], 1)))
 
 
 def evaluation_masks(real: dict, condition: str | float, split: str, seed: int = 0) -> dict:
@@ -938,6 +948,14 @@ def evaluation_masks(real: dict, condition: str | float, split: str, seed: int =
 def answerable(sets, lacking: list[str]) -> list[str]:
     """Those of the sets ("l" ... "lav") that name no stream which the data lacks; {l,a,v} is all that there is."""
     return [c for c in sets if c == "lav" or not set(SETS[c]) & set(lacking)]
+
+
+def distinct(sets, lacking: list[str]) -> list[str]:
+    """The answerable ones of the sets, each content once: without vision {l,a,v} is {l,a}."""
+    contents = {}
+    for c in answerable(sets, lacking):
+        contents.setdefault(frozenset(SETS[c]) - set(lacking), c)
+    return list(contents.values())
 
 
 def realised(present: dict, real: dict) -> dict:
@@ -977,7 +995,7 @@ def batch(split: dict, index: torch.Tensor, generator: torch.Generator | None = 
             complete[m] = x[:, :longest][index.to(x.device)]
     missing = None
     if generator is not None:
-        present = training_masks(cut, generator)
+        present = training_masks(cut, generator, split["lacking"])
         missing = {m: complete[m] * present[m].to(complete[m].device)[..., None] for m in STREAMS}
     return complete, missing, {m: cut[m].to(complete[m].device) for m in cut}
 

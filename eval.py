@@ -280,7 +280,7 @@ def fit_linear(loaded: dict, task: str) -> dict | None:
         return None
     device = train["text"].device
     generator = torch.Generator().manual_seed(0)
-    copies = {i: data.training_masks(train["real"], generator) for i in range(COPIES)}
+    copies = {i: data.training_masks(train["real"], generator, train["lacking"]) for i in range(COPIES)}
     width = sum(train[m].shape[2] for m in STREAMS)
     features = Linear("regression", torch.eye(width).double(), torch.zeros(width))     # the identity
     index, truth = targets(train["label"].cpu(), task)
@@ -289,7 +289,7 @@ def fit_linear(loaded: dict, task: str) -> dict | None:
     y = truth.reshape(len(truth), -1).numpy()                       # (n, outputs)
     if task != "regression":
         y = 2 * y - 1
-    sets = data.answerable(data.SETS, loaded["lacking"])
+    sets = data.distinct(data.SETS, loaded["lacking"])
     best_score, best = -math.inf, None
     for strength in STRENGTHS:
         with warnings.catch_warnings():

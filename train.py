@@ -277,12 +277,12 @@ def restore(folder: Path, run: dict) -> dict | None:
 # ---------------------------------------------------------------------------------- training
 
 def seed_epoch(seed: int, stages_left: int, epoch: int) -> torch.Generator:
-    """Seed dropout, and return the generator of batches and masks. They depend on these three numbers alone, so
-    a run that was stopped goes on with the same ones. Stages are counted from the end, so that the last stage of
-    every ablation sees the same batches and masks."""
-    number = zlib.crc32(f"{seed}/{stages_left}/{epoch}".encode())
-    torch.manual_seed(number)
-    return torch.Generator().manual_seed(number)
+    """Seed dropout, and return the generator of batches and masks: two streams of random numbers that share
+    nothing. They depend on these three numbers alone, so a run that was stopped goes on with the same ones. Stages
+    are counted from the end, so that the last stage of every ablation sees the same batches and masks."""
+    place = f"{seed}/{stages_left}/{epoch}"
+    torch.manual_seed(zlib.crc32(f"dropout/{place}".encode()))
+    return torch.Generator().manual_seed(zlib.crc32(place.encode()))
 
 
 @torch.no_grad()
@@ -360,7 +360,7 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
         stage, last = stages[number], number == len(stages) - 1
         optimizer = begin_stage(model, stage, config, state, folder / "last.pt")
         teacher = teacher_rows(model, loaded["train"], index)
-        sets = data.answerable(model.stages[stage], run["lacking"])     # the best epoch is chosen on these
+        sets = data.distinct(model.stages[stage], run["lacking"])       # the best epoch is chosen on these
 
         for epoch in range(state["epoch"], config.epochs):
             began, name = time.perf_counter(), f"{stage} {epoch + 1}/{config.epochs}"
@@ -421,7 +421,8 @@ def loss_text(losses: dict) -> str:
 
 def valid_text(valid: dict) -> str:
     sets = "complete clips" if list(valid) == ["lav"] else f"mean of {len(valid)} sets"
-    number = f"MAE {-score(valid):.4f}" if "MAE" in valid["lav"] else f"F1 {score(valid):.2f}"
+    regresses = any("MAE" in cell for cell in valid.values())
+    number = f"MAE {-score(valid):.4f}" if regresses else f"F1 {score(valid):.2f}"
     return f"valid, {sets}: {number}"
 
 

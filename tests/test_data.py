@@ -478,6 +478,24 @@ def test_training_masks_cover_the_seven_sets_evenly_and_change_every_time():
     assert torch.stack([(first[m] != second[m]).any(1) for m in STREAMS]).any(0).float().mean() > .95
 
 
+def test_a_training_copy_is_never_empty_and_its_sets_are_those_of_the_streams_that_its_clip_has():
+    """Clips of one frame; of no vision in a split, told by the mask or by `lacking`; and one clip of vision alone."""
+    generator, one = torch.Generator().manual_seed(3), torch.ones(6000, 1, dtype=torch.bool)
+    none, few = torch.zeros(6000, 4, dtype=torch.bool), torch.arange(4).expand(6000, 4) < 2
+    for real, lacking, sets in (({"text": one, "audio": one, "vision": one}, (), 7),
+                                ({"text": few, "audio": one, "vision": none}, (), 3),
+                                ({"text": few, "audio": few, "vision": few}, ["vision"], 3),
+                                ({"text": none, "audio": none, "vision": few}, (), 1)):
+        present = data.training_masks(real, generator, lacking)
+        kept = torch.stack([present[m].any(1) for m in STREAMS], 1)
+        assert kept.any(1).all() and len(kept.unique(dim=0)) == sets
+        assert not any((present[m] & ~real[m]).any() or (m in lacking and present[m].any()) for m in STREAMS)
+    counts = data.training_masks({m: few for m in STREAMS}, generator)["text"].float().mean(0)[:2]
+    assert abs(counts[0] - counts[1]) < .03         # the frame that is kept is each one equally often
+    lost = data.training_masks(dict.fromkeys(STREAMS, none), generator)
+    assert not any(mask.any() for mask in lost.values())
+
+
 def test_batches_hold_every_clip_once_and_clips_of_similar_length():
     real, generator = some_real(500, 50), torch.Generator().manual_seed(0)
     first, second = data.batches(real, 32, generator), data.batches(real, 32, generator)
