@@ -1,6 +1,7 @@
-"""Data: read the standard pickles safely, make a synthetic stand-in, drop frames and streams.
+"""Data: load the standard pickles, drop frames and streams, cut batches; check, convert or make up a file.
 
-    python data.py check FILE|DIR                                what a file is, or what is wrong with it
+    python data.py check FILE                                    what a file is, or what is wrong with it
+    python data.py convert FOLDER --out DIR                      MFN's .h5 files of MOSI as a pickle (needs h5py)
     python data.py synthesize mosi|mosei|iemocap --out DIR       write a SYNTHETIC stand-in in MulT's layout
 
 Formats: MulT's (split -> text, audio, vision, labels, id), which MultiBench uses too, and MMSA's (split -> text, audio,
@@ -15,19 +16,17 @@ or one folder of .npy a clip, with Double-Flow's label file. A split in memory i
                           evaluated file has none
     id                    list of N strings ([] where the file has none)
     lacking               the streams whose frames are all zeros
-    details               stream -> what the file held, in words, for `check`
 
 Masks have one convention everywhere: `real` True = not padding; `present` True = the frame is there.
 """
 import argparse
 import contextlib
-import fnmatch
 import hashlib
+import itertools
 import math
 import os
 import pickle
 import re
-import secrets
 import sys
 import tempfile
 import zipfile
@@ -63,423 +62,248 @@ FILES = {       # looked for in this order: aligned to words and of the papers' 
 SYNTHETIC = "SYNTHETIC stand-in, version 1"
 GLOVE = {"text": 300, "audio": 74, "vision": 35}    # widths of the papers' GloVe, COVAREP and Facet
 CHUNK = 256             # clips handled at a time: bounds every temporary copy
-MAX_FRAMES = 1500       # of a training clip in feature folders; our choice
+MEANT = ("Sentiments are meant, in [-3, 3]: below 0 negative, above 0 positive, 0 counts as neither; or four emotions, "
+         "each with clips that have it and clips that have it not.")
+MAX_FRAMES = 1500       # of a training clip in feature folders, longer ones are left out; our choice
 
 
-# ---------------------------------------------------------------------------------- sentences and files
+# ---------------------------------------------------------------------------------- loading
 
-def printable(text: str, most: int = 100) -> str:
-    """A file's own text made safe for a terminal: at most `most` characters, no control ones, no lone surrogates."""
-    text = text.encode(errors="backslashreplace").decode()
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= most else f"{text[:most * 2 // 3]} ... {text[-most // 5:]}"
+def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "valid"), device="cpu",
+         normalize: bool = True, stats: dict | None = None, synthetic: bool = False, limit: int | None = None,
+         features: dict | None = None, labels: str | Path | None = None, across: bool = False) -> dict:
+    """The named splits, each as the file's opening describes, and beside them
 
+        dataset    its name               dims       stream -> width
+        aligned    all streams have the same number of frames
+        lacking    the streams that have no frame at all in one of these splits
+        stats      stream -> (mean, std) of the training split, None without normalize
+        source     what the data is: file, sha256, synthetic, sizes (of the three splits, None = absent), notes; of
+                   feature folders sha256 is of the label file, the names and the frame counts
 
-class DataError(Exception):
-    """A user's mistake in one or two sentences; str() is one printable line, whatever a file has put into it."""
-
-    def __str__(self) -> str:
-        return printable(super().__str__(), 600)
-
-
-@contextlib.contextmanager
-def reading(what, advice: str):
-    """Whatever reading `what` raises becomes one DataError: a damaged file can make a library raise anything."""
-    try:
-        yield
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"{what} does not exist.") from None
-    except OSError as error:
-        raise DataError(f"{what} cannot be read: {error.strerror or error}.") from None
-    except MemoryError:
-        raise DataError(f"{what} is refused: it asks for more memory than there is. {advice}") from None
-    except Exception as error:
-        reason = f" ({type(error).__name__})"
-        if isinstance(error, (pickle.UnpicklingError, EOFError)):   # their messages say what is wrong
-            reason = ": " + (" ".join(str(error).split()).rstrip(".") or "it is empty or cut off")
-        raise DataError(f"{what} is refused{reason}. {advice}") from None
-
-
-def is_special(path: Path) -> bool:
-    """Whether to write into what is there, a device or FIFO, instead of making the file anew. /dev/stdout may lead to
-    a plain file, which holds what was printed so far."""
-    return path.exists() and not path.is_file() or str(path).startswith(("/dev/", "/proc/"))
-
-
-@contextlib.contextmanager
-def replacing(path: Path, named=False):
-    """A binary file to write, which takes the place of `path` once it is whole: a reader never sees half of it. Where
-    the user `named` the path, a link is followed, a device or FIFO written into; what lies in a run folder is replaced,
-    never followed. DataError, and nothing left behind, if it cannot be written."""
-    special = named and is_special(path)
-    target = Path(os.path.realpath(path)) if named else path
-    temporary = target.with_name(f"{secrets.token_hex(8)}.tmp")
-    try:
-        if special:             # by its own name: where /dev/fd/3 leads, no path may lie
-            with open(path, "ab") as file:
-                yield file
-        else:
-            with open(temporary, "xb") as file:         # x: never through a link that somebody put there
-                yield file
-            os.replace(temporary, target)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def say(text: str = "", to: str = "stdout") -> None:
-    """Print one line at once, whatever a file or a path has put into it. Characters that the terminal lacks are
-    escaped. An output that is closed, full or left early costs no run: from then on its lines go nowhere."""
-    stream = getattr(sys, to)
-    if stream is None:
-        return
-    text = printable(text, 10_000)
-    try:
-        encoding = stream.encoding or "utf-8"
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-        stream.flush()
-    except (OSError, ValueError):
-        setattr(sys, to, open(os.devnull, "w"))
-
-
-def run_program(work, stopped: str) -> int:
-    """The exit code of work(), where None is 0. A user's mistake is said on stderr, code 2; Ctrl-C: `stopped`, 130."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:          # closed by the shell; tqdm and warnings write to it too
-            setattr(sys, name, open(os.devnull, "w"))
-    try:
-        return work() or 0
-    except DataError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except KeyboardInterrupt:
-        say(to="stderr")
-        say(stopped, "stderr")
-        return 130
-    say(f"error: {message}", "stderr")
-    return 2
-
-
-@contextlib.contextmanager
-def opening(path: Path, advice: str):
-    """The file at `path`, open to be read in binary, as by reading(). What is no regular file is refused before it is
-    opened: a FIFO would wait for ever."""
-    with reading(path, advice):
-        if path.exists() and not path.is_file():
-            raise DataError(f"{path} is no regular file.")
-        with open(path, "rb") as file:
-            yield file
-
-
-def check_writable(folder: Path) -> None:
-    """A DataError if no file can be made in this folder."""
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise DataError(f"Nothing can be written into {folder}: {error.strerror}.") from None
-
-
-def files_below(folder: Path, pattern: str) -> tuple[list[Path], list[str]]:
-    """The files in a folder and below it whose names fit, and an error for each folder that may not be read."""
-    files, errors = [], []
-
-    def note(error: OSError):
-        errors.append(f"{error.filename}: {error.strerror}")
-
-    for root, _, names in os.walk(folder, onerror=note):
-        files += [Path(root, name) for name in fnmatch.filter(names, pattern)]
-    return [path for path in files if path.is_file()], errors
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------------------------- reading pickles
-
-FOREIGN = {     # first bytes -> what a file is that is no pickle
-    b"\x1f\x8b": "compressed by gzip; unpack it first",
-    b"BZh": "compressed by bzip2; unpack it first",
-    b"\xfd7zXZ": "compressed by xz; unpack it first",
-    b"x\x01": "compressed by zlib, as joblib does; save its content by pickle.dump",
-    b"x^": "compressed by zlib, as joblib does; save its content by pickle.dump",
-    b"x\x9c": "compressed by zlib, as joblib does; save its content by pickle.dump",
-    b"x\xda": "compressed by zlib, as joblib does; save its content by pickle.dump",
-    b"]\0\0": "compressed by lzma, as joblib does; save its content by pickle.dump",
-    b"PK": "a zip archive, as torch.save and numpy.savez write too; unpack it or save its content by pickle.dump",
-    b"\x80\x02\x8a\nl\xfc\x9cF": "written by torch.save; save its content by pickle.dump",
-    b"\x89HDF": "an HDF5 file; save its arrays by pickle.dump",
-    b"\x93NUMPY": "a single array in numpy's own format; save a dict of splits by pickle.dump",
-}
-
-
-def to_text(value) -> str:
-    if isinstance(value, (list, tuple, dict, set, Array)):
-        raise TypeError("no text")          # a list that holds itself many times would have no end
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
-def to_list(value) -> list:
-    value = value.tolist() if isinstance(value, np.ndarray) else value
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-class DType:
-    """Stands in for numpy.dtype while a pickle is read: plain numbers, strings and objects only. numpy's own takes
-    flags from the file, by which raw bytes could pose as pointers to objects."""
-
-    def __init__(self, code, *_):
-        code = to_text(code)
-        if not re.fullmatch(r"[<>|=]?([fiubSU]\d+|\?|O8?)", code):
-            raise pickle.UnpicklingError(f"an array of type {code!r} is not of numbers or strings")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state):
-        self.dtype = self.dtype.newbyteorder(to_text(state[1]))
-
-
-class Array:
-    """Stands in for numpy.ndarray while a pickle is read; `value` is the array itself, a view of the bytes read."""
-    value = None
-
-    def __setstate__(self, state):
-        _, shape, dtype, fortran, raw = state
-        self.value = to_array(raw, dtype, shape, "F" if fortran else "C")
-
-
-def to_array(raw, dtype: DType, shape: tuple, order: str) -> np.ndarray:
-    """The array of these bytes, or of this list of objects."""
-    dtype = dtype.dtype
-    count = len(raw) if dtype.hasobject else len(raw) / max(1, dtype.itemsize)
-    if min(shape, default=0) < 0 or math.prod(shape) != count:
-        shape = tuple(shape)
-        raise pickle.UnpicklingError(f"an array of shape {shape} comes with data for {count:g} values")
-    if dtype.hasobject:
-        array = np.empty(count, object)
-        for i, item in enumerate(raw):          # not [:]: numpy would unpack items that are lists
-            array[i] = item
+    stats: an earlier load's, in the place of the training split's own. limit: only the first clips of each split.
+    features (stream -> folder) and labels: clips are read batch by batch, as they are, so normalize must be off.
+    across: a file of the other one of mosi and mosei will do. Of the three splits the file needs only these (None:
+    those that it has); where train is asked for, train and valid must have labels. Memory peaks at the file plus the
+    float32 size of the features asked for (pickles of protocol 3 and later). DataError for whatever is wrong.
+    """
+    if features and (normalize or dataset == "iemocap" or labels is None):
+        raise DataError("--features is for --dataset mosi or mosei, with --labels FILE, Double-Flow's "
+                        "label_official.npz; from Python with normalize=False.")
+    if normalize and stats is None and splits and "train" not in splits:
+        raise DataError("Features are standardised by the training split, which is not among the asked ones: give the "
+                        "stats of an earlier load, or normalize=False for a run made with --no-normalize.")
+    if features:
+        result, source = load_folders(features, Path(labels), splits, limit)
     else:
-        array = np.frombuffer(raw, dtype)
-    return array.reshape(shape, order=order)
-
-
-class Unpickler(pickle.Unpickler):
-    """Builds numpy arrays and plain containers; whatever else a pickle asks for is refused, by name."""
-
-    def find_class(self, module, name):
-        # Functions made anew for each request: a pickle may set attributes of what it is given.
-        allowed = {
-            "numpy.core.multiarray._reconstruct": lambda *_: Array(),
-            "numpy.core.multiarray.scalar": lambda dtype, raw=b"": to_array(raw, dtype, (1,), "C")[0],
-            "numpy.core.numeric._frombuffer": lambda *arguments: to_array(*arguments),      # protocol 5
-            "numpy.ndarray": "ndarray",
-            "numpy.dtype": DType,
-            "_codecs.encode": lambda text, *_: text.encode("latin1"),       # bytes in protocols 0 to 2
-            "collections.OrderedDict": OrderedDict,
-            "builtins.set": set,
-            "builtins.bytes": lambda: b"",
-        }
-        key = f"{module}.{name}".replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
-        if key not in allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array; nothing was run")
-        return allowed[key]
-
-
-def unwrap(value):
-    """The array of an Array, any other value as it is."""
-    if not isinstance(value, Array):
-        return value
-    if value.value is None:
-        raise pickle.UnpicklingError("it holds an array without data")
-    return value.value
-
-
-def plain(value):
-    """A field without the stand-ins: an array of numbers or strings, a list, or the value as it is. A list's items are
-    freed of them too, but not the lists inside it: one that holds itself would have no end."""
-    value = unwrap(value)
-    if isinstance(value, np.ndarray) and value.dtype == object:
-        value = value.tolist()
-    return [unwrap(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def by_name(fields: dict) -> dict:
-    """The dict with its keys as text: Python 2 wrote bytes."""
-    return {to_text(key): value for key, value in fields.items()}
-
-
-def describe(value) -> str:
-    """What a field is, in words."""
-    if isinstance(value, np.ndarray):
-        return f"an array of {value.dtype} of shape {value.shape}"
-    if isinstance(value, list):
-        arrays = bool(value) and isinstance(value[0], np.ndarray)
-        return f"a list of {len(value)} {'arrays' if arrays else 'values'}"
-    return f"a {type(value).__name__}"
-
-
-def refuse_other_formats(start: bytes, path: Path) -> None:
-    """An error if the file at `path`, which begins like this, is no pickle."""
-    if not start:
-        raise EOFError("it is empty")
-    for magic, kind in FOREIGN.items():
-        if start.startswith(magic):
-            raise DataError(f"{path} is no pickle but {kind}.")
-    if start[:1] not in b"\x80(]}lcd":
-        line = printable(start.decode("latin1").strip().split("\n")[0])
-        raise pickle.UnpicklingError(f"not a pickle: it begins with {line}, so the download went wrong")
-
-
-def read_pickle(path: Path, splits=SPLITS) -> dict:
-    """split -> field -> array, list or value, of all splits that the file holds, and "SYNTHETIC": whether the file says
-    so of itself. DataError unless `splits` are among them. Runs nothing in the file. It takes the file's size in
-    memory; a file made to ask for more than there is ends in a sentence."""
-    with opening(path, "Download it again, or write a dict of numpy arrays by pickle.dump.") as file:
-        refuse_other_formats(file.peek(40)[:40], path)
-        content = Unpickler(file, encoding="bytes").load()
-        if rest := path.stat().st_size - file.tell():
-            raise pickle.UnpicklingError(f"{rest} bytes follow where it should end")
-        if isinstance(content, dict):
-            content = by_name(content)
-            what = "a dict of " + ", ".join(printable(name, 40) for name in list(content)[:8])
+        if synthetic:
+            source = {"file": SYNTHETIC, "sha256": None, "synthetic": True, "sizes": list(SIZES[dataset]), "notes": []}
         else:
-            content, what = {}, describe(plain(content))
-        result = {"SYNTHETIC": "SYNTHETIC" in content}
-        for s in SPLITS:
-            if isinstance(content.get(s), dict):
-                result[s] = {name: plain(value) for name, value in by_name(content[s]).items()}
-    if len(result) == 1 or not set(splits) <= set(result):
-        wanted = ", ".join(splits or SPLITS)
-        raise DataError(f"{path} holds {what}; expected a dict of {wanted}, each a dict of arrays.")
-    return result
+            dataset, content, source = load_pickle(dataset, data_dir, splits, across)
+            splits = list(content)
+        result = {}
+        for s in splits:
+            fields = stand_in(dataset, s) if synthetic else content.pop(s)
+            need_labels = s == "train" or s == "valid" and "train" in splits
+            result[s] = tensors(fields, dataset, f"{source['file']}, split {s}", limit, need_labels)
+    dims = widths(result, source["file"])
+    source["notes"] += content_notes(dataset, result, source["file"])
+    aligned = not features and all(is_aligned(split) for split in result.values())
+    if not aligned and not features:
+        source["notes"].append("the streams are not aligned")
+    if normalize and stats is None:
+        stats = statistics(result["train"])
+    for split in result.values():
+        if normalize:
+            standardize(split, stats)
+        for name in (*streams(split), "label"):
+            split[name] = split[name] if split[name] is None else split[name].to(device)
+    lacking = set().union(*(split["lacking"] for split in result.values()))
+    return {
+        **result, "dataset": dataset, "dims": dims, "aligned": aligned,
+        "lacking": [m for m in STREAMS if m in lacking],
+        "stats": stats if normalize else None, "source": source,
+    }
+
+
+def load_pickle(dataset: str | None, data_dir, splits, across: bool) -> tuple[str, dict, dict]:
+    """The data set's name, split -> fields of the asked splits, and their source; as `load` says. dataset None: as the
+    file's sizes and labels say."""
+    path = find(dataset, data_dir)
+    content = read_pickle(path, splits or ())
+    synthetic = content.pop("SYNTHETIC")
+    sizes = [clip_count(content, s) for s in SPLITS]
+    meant = data_set_of(sizes)
+    if dataset is None:
+        labels = next(iter(content.values())).get("labels")
+        emotions = isinstance(labels, np.ndarray) and labels.shape[1:2] == (4,)
+        dataset = meant or ("iemocap" if emotions else "mosi")
+    allowed = ("mosi", "mosei") if across and dataset != "iemocap" else (dataset,)
+    if meant not in (None, *allowed):
+        raise DataError(f"{path} has {'/'.join(map(str, sizes))} clips, the splits of {meant}, not of "
+                        f"{' or '.join(allowed)}. Name another file with --data-dir, or train with --dataset {meant}.")
+    dataset = meant or dataset
+    ids = {s: read_ids(content[s], f"{path}, split {s}") for s in content}
+    notes = shared("clips", ids)
+    if sizes != list(SIZES[dataset]):           # the standard splits are what they are
+        notes += shared("videos", {s: set(map(video_of, ids[s])) for s in ids})
+    for s in ids:
+        if repeats := len(ids[s]) - len(set(ids[s])):
+            notes.append(f"{repeats} clips of {s} have the id of another one in it")
+    if absent := [s for s in ids if not ids[s]]:
+        notes.append(f"no ids in {', '.join(absent)}: nothing tells whether these clips stand elsewhere too")
+    source = {"file": printable(str(path), 300), "sha256": sha256(path), "synthetic": synthetic, "sizes": sizes,
+              "notes": notes}
+    return dataset, {s: content[s] for s in splits or content}, source
 
 
 def find(dataset: str | None, data_dir: str | Path) -> Path:
     """The data set's file: data_dir itself if it is no folder, else the first known name in it, aligned first."""
     root = Path(data_dir)
-    with reading(root, "Name another one with --data-dir."):
-        if dataset is None or (root.exists() and not root.is_dir()):
-            return root
-        folders = [root]
-        for name in (dataset.upper(), dataset):
-            folders += [root / name, root / name / "Processed"]
-        for name in FILES[dataset]:
-            for folder in folders:
-                if (folder / name).is_file():
-                    return folder / name
-        absent = "" if root.exists() else ", which does not exist"
-    raise DataError(f"No file of {dataset} in {root}{absent}: looked for {', '.join(FILES[dataset])}. "
-                    "Get one from where the README says; train.py --synthetic runs on made-up data.")
+    if dataset is None or root.exists() and not root.is_dir():
+        return root
+    folders = [root]
+    for name in (dataset.upper(), dataset):
+        folders += [root / name, root / name / "Processed"]
+    for name in FILES[dataset]:
+        for folder in folders:
+            if (folder / name).is_file():
+                return folder / name
+    absent = "" if root.exists() else ", which does not exist"
+    raise DataError(f"No file of {dataset} in {root}{absent}: looked for {', '.join(FILES[dataset])}. The README says "
+                    "where to get one; name it with --data-dir. train.py --synthetic trains on made-up data.")
+
+
+def clip_count(content: dict, split: str) -> int | None:
+    """Clips of a split of a file; None where the file lacks the split or its text."""
+    text = content.get(split, {}).get("text")
+    return len(text) if isinstance(text, np.ndarray) and text.ndim else None
+
+
+def data_set_of(sizes: list) -> str | None:
+    """The data set that a file's sizes say: each within a tenth of the standard one, as the same data set's
+    releases are of each other."""
+    for name, standard in SIZES.items():
+        near = [abs(n - usual) <= usual / 10 for n, usual in zip(sizes, standard) if n is not None]
+        if all(near) and len(near) > 1:         # one split alone may be of about that size by chance
+            return name
+    return None
+
+
+def shared(what: str, names: dict) -> list[str]:
+    """Notes on clips or videos (what) that stand in more than one split; names: split -> what stands in it."""
+    notes = []
+    for a, b in itertools.combinations(names, 2):
+        if both := set(names[a]) & set(names[b]) - {""}:
+            notes.append(f"{len(both)} {what} stand in both {a} and {b}, for instance {printable(min(both))}")
+    return notes
+
+
+def video_of(clip: str) -> str:
+    """The video of a clip called video/..., video$_$segment or video_segment, the last a number; else ""."""
+    for separator in ("/", "$_$"):
+        if separator in clip:
+            return clip.split(separator)[0]
+    video, _, segment = clip.rpartition("_")
+    return video if segment.isdecimal() else ""
+
+
+def content_notes(dataset: str, result: dict, file: str) -> list[str]:
+    """What a reader of a table should know of the splits' content; result: split -> split. DataError if nothing can be
+    learned from the training labels."""
+    said = {}           # what is true of some splits, and what follows -> these splits
+    labels = {s: split["label"] for s, split in result.items() if split["label"] is not None}
+    for s, split in result.items():
+        if split["lacking"]:
+            lack = f"no {' and no '.join(split['lacking'])}"
+            follows = "a set with it is not answered and counts in no average; {l,a,v} is what there is"
+            said.setdefault((lack, follows), []).append(s)
+    for s, label in labels.items():
+        if one_class(dataset, label):
+            if s == "train":
+                raise DataError(f"{file}: the training labels leave one class alone: nothing can be learned. {MEANT}")
+            said.setdefault(("labels of one class alone", "its F1 would mean nothing and is \"-\""), []).append(s)
+    notes = [f"{what} in {', '.join(splits)}: {follows}" for (what, follows), splits in said.items()]
+    if dataset != "iemocap" and labels and all(label.abs().max() <= 1 for label in labels.values()):
+        notes.append("all labels lie within [-1, 1]: Acc-7, which is of [-3, 3], means nothing")
+    return notes
+
+
+def one_class(dataset: str, label: torch.Tensor) -> bool:
+    """Whether all clips that count are of one class, of any emotion if these are the four."""
+    decisions = label.T if dataset == "iemocap" else (label[label != 0] > 0)[None]
+    return any(len(each.unique()) < 2 for each in decisions)
+
+
+def widths(result: dict, file: str) -> dict:
+    """stream -> features a frame; DataError unless they are the same in all splits."""
+    dims = {}
+    for split in result.values():
+        previous, dims = dims, {m: split[m].shape[2] for m in streams(split)}
+        if previous not in ({}, dims):
+            raise DataError(f"{file}: the splits differ in feature width or streams: {previous} and {dims}.")
+    if dims.get(SIMULATED, dims["text"]) != dims["text"]:
+        raise DataError(f"{file}: simulated_text has {dims[SIMULATED]} features, text {dims['text']}; "
+                        "they must be the same.")
+    return dims
+
+
+def identity(source: dict) -> str:
+    """The data's file and what tells it from others, for a log."""
+    return source["file"] if source["sha256"] is None else f"{source['file']}, SHA-256 {source['sha256']}"
+
+
+def comparison(run: dict, source: dict, widths: dict) -> tuple[bool, str]:
+    """Whether numbers on this data may stand beside a paper's, which are of features of these widths: the test split
+    has the standard size, the text the paper's width. And what is to be said of that, if anything. run: "dataset",
+    "dims" and "limit", as in a run record."""
+    dims, sizes, standard = run["dims"], source["sizes"], SIZES[run["dataset"]]
+    reasons, differences = [], []
+    if source["synthetic"]:
+        reasons.append("the data is SYNTHETIC")
+    if run["limit"]:
+        reasons.append(f"the run is of only the first {run['limit']} clips of each split")
+    if sizes[2] != standard[2]:
+        reasons.append(f"test has {sizes[2] or 'no'} clips, {run['dataset']}'s standard split {standard[2]}")
+    if widths.get("text", dims["text"]) != dims["text"]:
+        reasons.append(f"text is {dims['text']} wide, not {widths['text']}")
+    if reasons:
+        return False, "nothing is compared with the paper: " + "; ".join(reasons)
+    for split, n, expected in zip(SPLITS, sizes, standard):
+        if n != expected:
+            differences.append(f"{split} has {n or 'no'} clips, the paper's {expected}")
+    for m, width in widths.items():
+        if dims[m] != width:
+            differences.append(f"{m} is {dims[m]} wide, the paper's {width}")
+    return True, "; ".join(differences)
 
 
 # ---------------------------------------------------------------------------------- a split as tensors
 
-def feature_array(fields: dict, name: str, where: str) -> np.ndarray:
-    """The field as it is, (clips, frames, features) of numbers; DataError if it is anything else."""
-    if name not in fields:
-        hint = ""
-        if name == "text" and "text_bert" in fields:
-            hint = " 'text_bert' holds token ids, which are no features."
-        raise DataError(f"{where} has no '{name}', only {', '.join(fields)}.{hint}")
-    array = fields[name]
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-        raise DataError(f"{where}: '{name}' is {describe(array)}, not one array of numbers.")
-    if array.ndim != 3 or 0 in array.shape:
-        raise DataError(f"{where}: '{name}' has shape {array.shape}, not (clips, frames, features).")
-    return array
-
-
-def read_features(array: np.ndarray, name: str, where: str, ids: list[str]) -> tuple[torch.Tensor, str]:
-    """float32 (N, T, d), a copy, and what it was in words. -inf in audio becomes 0, as in MulT's and MultiBench's
-    readers; whatever else is not finite in float32 is a DataError that names the clip."""
-    words = str(array.dtype)
-    with np.errstate(all="ignore"):
-        x = array.astype(np.float32, order="C")
-    if name == "audio":
-        infinite = array == -np.inf         # of the file's own numbers: -1e300 is -inf only in float32
-        x[infinite] = 0
-        if infinite.any():
-            words += f", {infinite.sum()} values of -inf read as 0"
-    bad = ~np.isfinite(x).all((1, 2))
-    if bad.any():
-        i = int(bad.argmax())
-        clip = printable(ids[i]) if ids else i
-        raise DataError(f"{where}: '{name}' holds values that are NaN, infinite or too large for float32, first in "
-                        f"clip {clip}. Repair the file or download it again.")
-    return torch.from_numpy(x), words
-
-
-def read_labels(fields: dict, dataset: str, where: str) -> torch.Tensor:
-    """(N,) sentiment in [-3, 3], or (N, 4) emotions of 0 and 1, from any of the published forms."""
-    key = "labels" if "labels" in fields else "regression_labels"
-    if key not in fields:
-        names = ", ".join(fields)
-        raise DataError(f"{where} has neither 'labels' nor 'regression_labels', only {names}.")
-    with reading(f"{where}: '{key}'", "Expected an array of numbers."), np.errstate(all="ignore"):
-        label = torch.from_numpy(np.array(fields[key], dtype=np.float32))
-    n, shape = (len(label) if label.ndim else 0), tuple(label.shape)
-    if dataset == "iemocap":
-        if shape[1:] == (4, 2) and torch.equal(label.sum(-1), torch.ones(n, 4)):
-            label = label[..., 1]                       # one-hot: no, yes
-        if label.shape[1:] != (4,) or not ((label == 0) | (label == 1)).all():
-            raise DataError(f"{where}: '{key}' of shape {shape} is not four yes/no emotions a clip: (N, 4) of 0 and 1, "
-                            "or (N, 4, 2) one-hot.")
-        return label
-    if shape[1:] == (1, 7):         # MOSEI's "All Labels": the sentiment, then six emotions
-        label = label[:, 0, 0]
-    if label.numel() != n:
-        raise DataError(f"{where}: '{key}' of shape {shape} is not one sentiment score a clip.")
-    if not (label.abs() <= 3).all():
-        raise DataError(f"{where}: '{key}' leaves the range [-3, 3] of {dataset}, or is NaN.")
-    return label.reshape(n)
-
-
-def read_ids(fields: dict, where: str) -> list[str]:
-    """'a/b/c' of the non-empty parts of each id; ids come as strings, bytes, or rows of either. [] if there is none."""
-    result = []
-    with reading(f"{where}: 'id'", "Expected a string a clip."):
-        for row in to_list(fields.get("id", [])):
-            result.append("/".join(filter(None, map(to_text, to_list(row)))))
-    return result
-
-
-def read_lengths(fields: dict, name: str, where: str, count: int, longest: int) -> torch.Tensor:
-    """(N,) frames of each clip as the file states them, zeros where it does not."""
-    key, expected = f"{name}_lengths", f"{count} whole numbers between 0 and {longest}"
-    with reading(f"{where}: '{key}'", f"Expected {expected}."):
-        length = np.array(fields.get(key, [0] * count), dtype=np.float64)
-    whole = (length == np.rint(length)) & (0 <= length) & (length <= longest)
-    if length.shape not in ((count,), (count, 1)) or not whole.all():
-        raise DataError(f"{where}: '{key}' is not {expected}.")
-    return torch.from_numpy(length.reshape(count)).long()
-
-
-def spans(nonzero: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First real frame of each clip and the one behind its last (0, 0 where there is none): the span of its frames
-    that are not all zero, (N, T), widened to the stated length (N,) where that covers it from the front or the back."""
-    longest = nonzero.shape[1]
-    frames = torch.arange(longest)
-    length = length.clamp(min=1)
-    start = torch.where(nonzero, frames, longest).amin(1)
-    stop = torch.where(nonzero, frames + 1, 0).amax(1)
-    start = start.minimum(stop)
-    back = (stop > 0) & (stop <= length)                # padded behind, the stated length fits
-    front = (stop == longest) & (start >= stop - length) & ~back    # padded in front, the stated length fits
-    start = torch.where(back, 0, torch.where(front, stop - length, start))
-    return start, torch.where(back, length, stop)
-
-
-def shift(x: torch.Tensor, start: torch.Tensor) -> None:
-    """In place: each clip of x (N, T, d) begins at position 0 instead of `start` (N,). What stands before it is zero
-    and comes to stand behind."""
-    for i in start.nonzero()[:, 0].tolist():
-        x[i] = x[i].roll(-int(start[i]), 0)
+def tensors(fields: dict, dataset: str, where: str, limit: int | None = None, need_labels=True) -> dict:
+    """One split's arrays, checked and shifted to position 0, as the dict that the file's opening describes. `fields` is
+    used up: an array leaves memory as soon as its tensor is there."""
+    names = [m for m in (*STREAMS, SIMULATED) if m in STREAMS or m in fields]
+    ids, label = read_ids(fields, where), None
+    if need_labels or "labels" in fields or "regression_labels" in fields:
+        label = read_labels(fields, dataset, where)
+    count = count_clips(fields, names, where, label, ids)
+    split = {"label": label if label is None else label[:limit], "id": ids[:limit], "real": {}}
+    nonzero, lengths = {}, {}
+    for m in names:
+        lengths[m] = read_lengths(fields, m, where, count, fields[m].shape[1])[:limit]
+        split[m] = read_features(fields.pop(m)[:limit], m, where, ids)
+        nonzero[m] = (split[m] != 0).any(-1)
+    split["lacking"] = [m for m in STREAMS if not nonzero[m].any()]
+    if is_aligned(split):                       # one span for all streams, whatever lengths are stated
+        together = nonzero["text"] | nonzero["audio"] | nonzero["vision"]
+        nonzero.update(dict.fromkeys(STREAMS, together))
+        lengths = {m: torch.zeros_like(lengths[m]) for m in names}
+    for m in names:
+        start, stop = spans(nonzero[m], lengths[m])
+        split["real"][m] = torch.arange(split[m].shape[1]) < (stop - start)[:, None]
+        shift(split[m], start)
+    return split
 
 
 def count_clips(fields: dict, names: list, where: str, label: torch.Tensor | None, ids: list) -> int:
@@ -495,30 +319,26 @@ def count_clips(fields: dict, names: list, where: str, label: torch.Tensor | Non
     return len(fields["text"])
 
 
-def tensors(fields: dict, dataset: str, where: str, limit: int | None = None, need_labels=True) -> dict:
-    """One split's arrays, checked and shifted to position 0, as the dict that the file's opening describes. `fields` is
-    used up: an array leaves memory as soon as its tensor is there."""
-    names = [m for m in (*STREAMS, SIMULATED) if m in STREAMS or m in fields]
-    ids, label = read_ids(fields, where), None
-    if need_labels or "labels" in fields or "regression_labels" in fields:
-        label = read_labels(fields, dataset, where)
-    count = count_clips(fields, names, where, label, ids)
-    split = {"label": label if label is None else label[:limit], "id": ids[:limit], "real": {}, "details": {}}
-    nonzero, lengths = {}, {}
-    for m in names:
-        lengths[m] = read_lengths(fields, m, where, count, fields[m].shape[1])[:limit]
-        split[m], split["details"][m] = read_features(fields.pop(m)[:limit], m, where, ids)
-        nonzero[m] = (split[m] != 0).any(-1)
-    split["lacking"] = [m for m in STREAMS if not nonzero[m].any()]
-    if is_aligned(split):                       # one span for all streams, whatever lengths are stated
-        together = nonzero["text"] | nonzero["audio"] | nonzero["vision"]
-        nonzero.update(dict.fromkeys(STREAMS, together))
-        lengths = {m: torch.zeros_like(lengths[m]) for m in names}
-    for m in names:
-        start, stop = spans(nonzero[m], lengths[m])
-        split["real"][m] = torch.arange(split[m].shape[1]) < (stop - start)[:, None]
-        shift(split[m], start)
-    return split
+def spans(nonzero: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First real frame of each clip and the one behind its last (0, 0 where there is none): the span of its frames
+    that are not all zero, (N, T), widened to the stated length (N,) where that covers it from the front or the back."""
+    longest = nonzero.shape[1]
+    frames = torch.arange(longest)
+    length = length.clamp(min=1)
+    start = torch.where(nonzero, frames, longest).amin(1)
+    stop = torch.where(nonzero, frames + 1, 0).amax(1)
+    start = start.minimum(stop)
+    padded_behind = (stop > 0) & (stop <= length)       # and the stated length fits
+    padded_in_front = (stop == longest) & (start >= stop - length) & ~padded_behind
+    start = torch.where(padded_behind, 0, torch.where(padded_in_front, stop - length, start))
+    return start, torch.where(padded_behind, length, stop)
+
+
+def shift(x: torch.Tensor, start: torch.Tensor) -> None:
+    """In place: each clip of x (N, T, d) begins at position 0 instead of `start` (N,). What stands before it is zero
+    and comes to stand behind."""
+    for i in start.nonzero()[:, 0].tolist():
+        x[i] = x[i].roll(-int(start[i]), 0)
 
 
 def is_aligned(split: dict) -> bool:
@@ -529,12 +349,6 @@ def is_aligned(split: dict) -> bool:
 def streams(split: dict) -> list[str]:
     """The streams that the split holds, in the order that all code goes through them."""
     return [m for m in (*STREAMS, SIMULATED) if m in split]
-
-
-def nonzero_frames(x: torch.Tensor):
-    """The frames of x (N, T, d) that are not all zero, float64 (n, d), chunk by chunk."""
-    for part in x.split(CHUNK):
-        yield part[(part != 0).any(-1)].double()
 
 
 def statistics(split: dict) -> dict:
@@ -562,357 +376,13 @@ def standardize(split: dict, stats: dict) -> None:
             part.sub_(mean).div_(std).clamp_(-5, 5).mul_(nonzero)
 
 
-# ---------------------------------------------------------------------------------- feature folders
-
-def frame_files(folder: Path, clip: str) -> list[Path]:
-    """<clip>.npy, or the files in the folder <clip>, 2.npy before 10.npy; [] if there is neither."""
-    def number_parts(path: Path) -> list:
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-
-    with reading(folder / clip, "Name the folder of the clips' files with --features."):
-        if (folder / f"{clip}.npy").is_file():
-            return [folder / f"{clip}.npy"]
-        files = [path for path in (folder / clip).glob("[!.]*.npy") if path.is_file()]
-    return sorted(files, key=number_parts)
+def nonzero_frames(x: torch.Tensor):
+    """The frames of x (N, T, d) that are not all zero, float64 (n, d), chunk by chunk."""
+    for part in x.split(CHUNK):
+        yield part[(part != 0).any(-1)].double()
 
 
-def open_npy(path: Path) -> np.ndarray:
-    """(frames, features) of one file, not yet read; numbers only."""
-    form = "expected numbers, (frames, features) or (features,)"
-    with reading(path, f"It is no .npy file: {form}."):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if array.dtype.kind not in "fiu" or array.ndim not in (1, 2) or 0 in array.shape:
-            raise DataError(f"{path} is {describe(array)}; {form}.")
-        return np.atleast_2d(array)
-
-
-class Frames:
-    """One stream of feature files in the place of a tensor (N, T, d): `rows` reads the clips that a batch asks for.
-    length (N,): frames of each clip."""
-    device = "cpu"
-
-    def __init__(self, name: str, folder: Path, ids: list[str]):
-        self.name, self.folder, self.ids = name, folder, ids
-        lengths, width = [], None
-        for clip in ids:
-            files = frame_files(folder, clip)
-            if not files:
-                raise DataError(f"--features {name}={folder} has no {clip}.npy and no folder {clip} of .npy files.")
-            frames, features = open_npy(files[0]).shape
-            if width not in (None, features):
-                raise DataError(f"{files[0]} has {features} features a frame, the clips before it {width}.")
-            width = features
-            lengths.append(frames if len(files) == 1 else len(files))
-        self.length, self.width = torch.tensor(lengths), width
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return len(self.ids), int(self.length.max()), self.width
-
-    def to(self, device) -> "Frames":
-        self.device = device
-        return self
-
-    def is_zero(self) -> bool:
-        """Whether all frames of all clips are zeros. Reads up to the first that is not."""
-        for clip in self.ids:
-            if any(open_npy(path).any() for path in frame_files(self.folder, clip)):
-                return False
-        return True
-
-    def select(self, index: torch.Tensor) -> None:
-        """Only these clips from now on."""
-        self.ids, self.length = [self.ids[i] for i in index.tolist()], self.length[index]
-
-    def rows(self, index: torch.Tensor, longest: int) -> torch.Tensor:
-        """float32 (len(index), longest, d) on the device, padded behind; DataError if a file is not as it was."""
-        x = torch.zeros(len(index), longest, self.width)
-        for row, i in enumerate(index.tolist()):
-            where = self.folder / self.ids[i]
-            with reading(where, "The clip's frames differ from each other, or have changed."):
-                frames = [open_npy(path) for path in frame_files(self.folder, self.ids[i])]
-                array = np.concatenate(frames)
-                if array.shape != (int(self.length[i]), self.width):
-                    raise ValueError
-                with np.errstate(all="ignore"):
-                    x[row, :len(array)] = torch.from_numpy(array[:longest].astype(np.float32))
-            if not x[row].isfinite().all():
-                raise DataError(f"{where}: '{self.name}' has values that are NaN, infinite or too large for float32.")
-        return x.to(self.device)
-
-
-def read_corpus(path: Path) -> dict:
-    """split -> (ids, sentiment (N,)) of Double-Flow's label file: an .npz of train_corpus, val_corpus and test_corpus,
-    each a pickled dict clip -> {"emo", "val"}. Read as every pickle here: nothing in it runs."""
-    advice = "Expected an .npz of train_corpus, val_corpus, test_corpus: dicts clip -> {emo, val}."
-    result = {}
-    with opening(path, advice) as whole, zipfile.ZipFile(whole) as archive:
-        for split, name in zip(SPLITS, ("train_corpus.npy", "val_corpus.npy", "test_corpus.npy")):
-            if archive.getinfo(name).file_size > 1 << 28:
-                raise pickle.UnpicklingError(f"{name} is too large for a list of labels")
-            with archive.open(name) as file:
-                file.readline()                         # numpy's header, which ends in a new line
-                corpus = plain(Unpickler(file, encoding="bytes").load())
-            values = [float(np.reshape(plain(facts["val"]), ())) for facts in corpus.values()]
-            result[split] = list(map(to_text, corpus)), torch.tensor(values)
-    for split, (ids, label) in result.items():
-        if not ids or not (label.abs() <= 3).all():
-            raise DataError(f"--labels {path}: {split} is empty, or leaves the range [-3, 3].")
-        for clip in ids:
-            if Path(clip).name != clip or clip in ("", ".", ".."):
-                raise DataError(f"--labels {path}: {clip!r} cannot be the name of a clip's file.")
-    return result
-
-
-def fingerprint(labels: Path, features: dict, corpus: dict) -> str:
-    """A hash of the label file and of the names, sizes and times of all clips' files: their contents are not read."""
-    digest = hashlib.sha256(labels.read_bytes())
-    clips = [clip for ids, _ in corpus.values() for clip in ids]
-    for m in sorted(features):
-        for clip in clips:
-            for file in frame_files(Path(features[m]), clip):
-                stat = file.stat()
-                line = f"{m} {clip} {file.name} {stat.st_size} {stat.st_mtime_ns}\n"
-                digest.update(line.encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
-def load_folders(features: dict, labels: Path, splits, limit: int | None, max_frames: int) -> tuple:
-    """The splits over feature folders (stream -> folder), and their source."""
-    if absent := [m for m in STREAMS if m not in features]:
-        raise DataError(f"--features lacks {', '.join(absent)}: give text=DIR audio=DIR vision=DIR, if you have it "
-                        f"{SIMULATED}=DIR, and --labels FILE.")
-    corpus, result = read_corpus(labels), {}
-    notes = shared_clips({s: corpus[s][0] for s in SPLITS})
-    for s in splits:
-        ids, label = corpus[s][0][:limit], corpus[s][1][:limit]
-        split = {m: Frames(m, Path(features[m]), ids) for m in (*STREAMS, SIMULATED) if m in features}
-        if s == "train":
-            longest = torch.stack([frames.length for frames in split.values()]).amax(0)
-            index = (longest <= max_frames).nonzero()[:, 0]
-            number = len(ids) - len(index)
-            if number == len(ids):
-                raise DataError(f"All training clips are longer than --max-frames {max_frames}.")
-            if number:
-                notes.append(f"{number} training clips of more than {max_frames} frames are left out")
-            for frames in split.values():
-                frames.select(index)
-            label = label[index]
-        real = {m: torch.arange(x.shape[1]) < x.length[:, None] for m, x in split.items()}
-        lacking = [m for m in STREAMS if split[m].is_zero()]
-        result[s] = {**split, "real": real, "label": label, "id": split["text"].ids, "lacking": lacking}
-    folders = " ".join(f"{m}={folder}" for m, folder in features.items())
-    return result, {
-        "file": printable(f"features {folders} labels={labels}", 600),
-        "sha256": fingerprint(labels, features, corpus),
-        "synthetic": False, "sizes": [len(corpus[s][0]) for s in SPLITS],
-        "layout": "feature folders", "max_frames": max_frames, "notes": notes,
-    }
-
-
-# ---------------------------------------------------------------------------------- loading
-
-def shared_clips(ids: dict[str, list[str]]) -> list[str]:
-    """Notes on clips that stand in more than one split, or more than once in one; ids: split -> its clips' ids."""
-    notes = []
-    for a, b in (("train", "valid"), ("train", "test"), ("valid", "test")):
-        if both := set(ids.get(a, ())) & set(ids.get(b, ())):
-            clip = printable(min(both))
-            notes.append(f"{len(both)} clips stand in both {a} and {b}, for instance {clip}")
-    for s in ids:
-        repeats = len(ids[s]) - len(set(ids[s]))
-        if not ids[s]:
-            notes.append(f"{s} has no ids, so nothing tells whether its clips stand elsewhere too")
-        elif repeats:
-            notes.append(f"{repeats} clips of {s} have the id of another one in it")
-    return notes
-
-
-def data_set_of(sizes: list) -> str | None:
-    """The data set that a file's sizes say: each within a tenth of the standard one, as the same data set's
-    releases are of each other."""
-    for name, standard in SIZES.items():
-        near = [abs(n - usual) <= usual / 10 for n, usual in zip(sizes, standard) if n is not None]
-        if all(near) and len(near) > 1:         # one split alone may be of about that size by chance
-            return name
-    return None
-
-
-def clip_count(content: dict, split: str) -> int | None:
-    """Clips of a split of a file; None where the file lacks the split or its text."""
-    text = content.get(split, {}).get("text")
-    return len(text) if isinstance(text, np.ndarray) and text.ndim else None
-
-
-def load_pickle(dataset: str | None, data_dir, splits, limit: int | None) -> tuple[str, dict, dict]:
-    """The data set's name, its splits, and their source. dataset None: as the file's sizes and labels say; splits None:
-    those that the file holds."""
-    path = find(dataset, data_dir)
-    content = read_pickle(path, splits or ())
-    present = [s for s in SPLITS if s in content]
-    splits = splits or present
-    sizes = [clip_count(content, s) for s in SPLITS]
-    meant = data_set_of(sizes)
-    if dataset and meant and meant != dataset:
-        numbers = "/".join(map(str, sizes))
-        raise DataError(f"{path} has {numbers} clips, the splits of {meant}, not of {dataset}. "
-                        f"Use --dataset {meant}, or name another file.")
-    if not dataset:
-        labels = content[splits[0]].get("labels")
-        emotions = isinstance(labels, np.ndarray) and labels.shape[1:2] == (4,)
-        dataset = meant or ("iemocap" if emotions else "mosi")
-    source = {
-        "file": printable(str(path), 300),
-        "sha256": sha256(path),
-        "synthetic": content["SYNTHETIC"],
-        "sizes": sizes,
-        "layout": "MMSA" if any("regression_labels" in content[s] for s in present) else "MulT",
-        "max_frames": None,
-        "notes": shared_clips({s: read_ids(content[s], f"{path}, split {s}") for s in present}),
-    }
-    for s in present:
-        if s not in splits:
-            del content[s]
-    result = {}
-    for s in splits:
-        need = s == "train" or (s == "valid" and "train" in splits)
-        result[s] = tensors(content.pop(s), dataset, f"{path}, split {s}", limit, need)
-    return dataset, result, source
-
-
-def load_stand_in(dataset: str, splits, limit: int | None) -> tuple[dict, dict]:
-    """The stand-in's splits, and their source."""
-    result = {}
-    for s in splits:
-        result[s] = tensors(stand_in(dataset, s), dataset, f"{SYNTHETIC}, split {s}", limit)
-    return result, {
-        "file": SYNTHETIC, "sha256": None, "synthetic": True, "sizes": list(SIZES[dataset]),
-        "layout": "MulT", "max_frames": None, "notes": [],
-    }
-
-
-def content_notes(dataset: str, result: dict) -> list[str]:
-    """What a reader of a table should know of the splits' content; result: split -> split."""
-    notes = []
-    for s, split in result.items():
-        if split["lacking"]:
-            names = " and no ".join(split["lacking"])
-            notes.append(f"{s} has no {names}: a set with it is not answered and counts in no average; {{l,a,v}} is "
-                         "what there is")
-    labels = [split["label"] for split in result.values() if split["label"] is not None]
-    if dataset != "iemocap" and labels and all(label.abs().max() <= 1 for label in labels):
-        notes.append("all labels lie within [-1, 1]: Acc-7, which is of [-3, 3], means nothing")
-    return notes
-
-
-def widths(result: dict, file: str) -> dict:
-    """stream -> features a frame; DataError unless they are the same in all splits."""
-    dims = {}
-    for split in result.values():
-        previous, dims = dims, {m: split[m].shape[2] for m in streams(split)}
-        if previous not in ({}, dims):
-            raise DataError(f"{file}: the splits differ in feature width or streams: {previous} and {dims}.")
-    if dims.get(SIMULATED, dims["text"]) != dims["text"]:
-        raise DataError(f"{file}: simulated_text has {dims[SIMULATED]} features, text {dims['text']}; "
-                        "they must be the same.")
-    return dims
-
-
-def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "valid"), device="cpu",
-         normalize: bool = True, stats: dict | None = None, synthetic: bool = False,
-         limit: int | None = None, features: dict | None = None, labels: str | Path | None = None,
-         max_frames: int = MAX_FRAMES) -> dict:
-    """The named splits, each as the file's opening describes, and beside them
-
-        dataset    its name               dims       stream -> width
-        aligned    all streams have the same number of frames
-        lacking    the streams that have no frame at all in one of these splits
-        stats      stream -> (mean, std) of the training split, None without normalize
-        source     what the data is: file, sha256, synthetic, sizes (of the three splits, None = absent), layout,
-                   max_frames, notes; of feature folders "sha256" is a fingerprint of names, sizes and times
-
-    stats: an earlier load's, in the place of the training split's own. limit: only the first clips of each split.
-    features (stream -> folder) and labels: clips are read batch by batch, as they are, so normalize must be off.
-    Of the three splits the file needs only these; where train is asked for, train and valid must have labels. Memory
-    peaks at the file plus the float32 size of the features asked for (pickles of protocol 3 and later). DataError for
-    whatever is wrong with the files.
-    """
-    if features and (normalize or dataset == "iemocap" or labels is None):
-        raise DataError("--features is for --dataset mosi or mosei, with --labels FILE, Double-Flow's "
-                        "label_official.npz; from Python with normalize=False.")
-    if features:
-        result, source = load_folders(features, Path(labels), splits, limit, max_frames)
-    elif synthetic:
-        result, source = load_stand_in(dataset, splits, limit)
-    else:
-        dataset, result, source = load_pickle(dataset, data_dir, splits, limit)
-    dims = widths(result, source["file"])
-    aligned = not features and all(is_aligned(split) for split in result.values())
-    if normalize:
-        stats = stats or statistics(result["train"])
-    for split in result.values():
-        if normalize:
-            standardize(split, stats)
-        for name in (*streams(split), "label"):
-            split[name] = split[name] if split[name] is None else split[name].to(device)
-    source["notes"] += content_notes(dataset, result)
-    if not aligned and not features:
-        source["notes"].append("the streams are not aligned")
-    lacking = set().union(*(split["lacking"] for split in result.values()))
-    return {
-        **result, "dataset": dataset, "dims": dims, "aligned": aligned,
-        "lacking": [m for m in STREAMS if m in lacking],
-        "stats": stats if normalize else None, "source": source,
-    }
-
-
-def identity(source: dict) -> str:
-    """The data's file and what tells it from others, for a log."""
-    if source["sha256"] is None:
-        return source["file"]
-    kind = "SHA-256"
-    if source["layout"] == "feature folders":
-        kind = "fingerprint of names, sizes and times"
-    return f"{source['file']}, {kind} {source['sha256']}"
-
-
-def comparison(run: dict, source: dict, widths: dict) -> tuple[bool, str]:
-    """Whether numbers on this data may stand beside a paper's, which are of features of these widths: the test split
-    has the standard size, the text the paper's width. And what is to be said of that, if anything. run: "dataset",
-    "dims" and "limit", as in a run record."""
-    dims, sizes, standard = run["dims"], source["sizes"], SIZES[run["dataset"]]
-    reasons, differences = [], []
-    if source["synthetic"]:
-        reasons.append("the data is SYNTHETIC")
-    if run["limit"]:
-        reasons.append(f"the run is of only the first {run['limit']} clips of each split")
-    if sizes[2] != standard[2]:
-        reasons.append(f"test has {sizes[2] or 'no'} clips, {run['dataset']}'s standard split {standard[2]}")
-    if dims["text"] != widths["text"]:
-        reasons.append(f"text is {dims['text']} wide, not {widths['text']}")
-    if reasons:
-        return False, "nothing is compared with the paper: " + "; ".join(reasons)
-    for split, n, expected in zip(SPLITS, sizes, standard):
-        if n != expected:
-            differences.append(f"{split} has {n or 'no'} clips, the paper's {expected}")
-    for m, width in widths.items():
-        if dims[m] != width:
-            differences.append(f"{m} is {dims[m]} wide, the paper's {width}")
-    return True, "; ".join(differences)
-
-
-# ---------------------------------------------------------------------------------- missing frames and streams
-
-def drop(real: torch.Tensor, rate, generator: torch.Generator) -> torch.Tensor:
-    """present (N, T): of a clip's n real frames floor(rate * n + u) are dropped, each equally likely. u is uniform in
-    [0, 1), so the mean rate is exact even for clips of one frame. rate: a number or (N,)."""
-    n = real.sum(1)
-    u = torch.rand(len(real), dtype=torch.float64, generator=generator)
-    number = (torch.as_tensor(rate, dtype=torch.float64) * n + u).floor()
-    order = torch.rand(real.shape, generator=generator).masked_fill(~real, 2.0).argsort(1)      # padding comes last
-    rank = order.argsort(1)
-    return real & (rank >= number[:, None])
-
+# ---------------------------------------------------------------------------------- missing frames and streams, batches
 
 def training_masks(real: dict, generator: torch.Generator, lacking=()) -> dict:
     """Modality random missing, present: stream -> (B, T_m). Our choice where the papers are silent: a clip keeps one
@@ -943,6 +413,17 @@ def evaluation_masks(real: dict, condition: str | float, split: str, seed: int =
         return {m: real[m] if m in SETS[condition] else torch.zeros_like(real[m]) for m in STREAMS}
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{split}/{condition:.3f}".encode()))
     return {m: drop(real[m], condition, generator) for m in STREAMS}
+
+
+def drop(real: torch.Tensor, rate, generator: torch.Generator) -> torch.Tensor:
+    """present (N, T): of a clip's n real frames floor(rate * n + u) are dropped, each equally likely. u is uniform in
+    [0, 1), so the mean rate is exact even for clips of one frame. rate: a number or (N,)."""
+    n = real.sum(1)
+    u = torch.rand(len(real), dtype=torch.float64, generator=generator)
+    number = (torch.as_tensor(rate, dtype=torch.float64) * n + u).floor()
+    order = torch.rand(real.shape, generator=generator).masked_fill(~real, 2.0).argsort(1)      # padding comes last
+    rank = order.argsort(1)
+    return real & (rank >= number[:, None])
 
 
 def answerable(sets, lacking: list[str]) -> list[str]:
@@ -1000,7 +481,367 @@ def batch(split: dict, index: torch.Tensor, generator: torch.Generator | None = 
     return complete, missing, {m: cut[m].to(complete[m].device) for m in cut}
 
 
-# ---------------------------------------------------------------------------------- the synthetic stand-in
+# ---------------------------------------------------------------------------------- fields of a file
+
+def feature_array(fields: dict, name: str, where: str) -> np.ndarray:
+    """The field as it is, (clips, frames, features) of numbers; DataError if it is anything else."""
+    if name not in fields:
+        hint = ""
+        if name == "text" and "text_bert" in fields:
+            hint = " 'text_bert' holds token ids, which are no features."
+        raise DataError(f"{where} has no '{name}', only {', '.join(fields)}.{hint}")
+    array = fields[name]
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+        raise DataError(f"{where}: '{name}' is {describe(array)}, not one array of numbers.")
+    if array.ndim != 3 or 0 in array.shape:
+        raise DataError(f"{where}: '{name}' has shape {array.shape}, not (clips, frames, features).")
+    return array
+
+
+def read_features(array: np.ndarray, name: str, where: str, ids: list[str]) -> torch.Tensor:
+    """float32 (N, T, d), a copy. -inf in audio becomes 0, as in MulT's and MultiBench's readers; whatever else is not
+    finite in float32 is a DataError that names the clip."""
+    with np.errstate(all="ignore"):
+        x = array.astype(np.float32, order="C")
+    if name == "audio":
+        x[array == -np.inf] = 0             # of the file's own numbers: -1e300 is -inf only in float32
+    bad = ~np.isfinite(x).all((1, 2))
+    if bad.any():
+        i = int(bad.argmax())
+        clip = printable(ids[i]) if ids else i
+        raise DataError(f"{where}: '{name}' holds values that are NaN, infinite or too large for float32, first in "
+                        f"clip {clip}. Repair the file or download it again.")
+    return torch.from_numpy(x)
+
+
+def read_labels(fields: dict, dataset: str, where: str) -> torch.Tensor:
+    """(N,) sentiment in [-3, 3], or (N, 4) emotions of 0 and 1, from any of the published forms."""
+    key = "labels" if "labels" in fields else "regression_labels"
+    if key not in fields:
+        names = ", ".join(fields)
+        raise DataError(f"{where} has neither 'labels' nor 'regression_labels', only {names}.")
+    with reading(f"{where}: '{key}'", "Expected an array of numbers."), np.errstate(all="ignore"):
+        label = torch.from_numpy(np.array(fields[key], dtype=np.float32))
+    n, shape = (len(label) if label.ndim else 0), tuple(label.shape)
+    if dataset == "iemocap":
+        if shape[1:] == (4, 2) and torch.equal(label.sum(-1), torch.ones(n, 4)):
+            label = label[..., 1]                       # one-hot: no, yes
+        if label.shape[1:] != (4,) or not ((label == 0) | (label == 1)).all():
+            raise DataError(f"{where}: '{key}' of shape {shape} is not four yes/no emotions a clip: (N, 4) of 0 and 1, "
+                            "or (N, 4, 2) one-hot.")
+        return label
+    if shape[1:] == (1, 7):         # MOSEI's "All Labels": the sentiment, then six emotions
+        label = label[:, 0, 0]
+    if label.numel() != n:
+        raise DataError(f"{where}: '{key}' of shape {shape} is not one sentiment score a clip.")
+    if not (label.abs() <= 3).all():
+        raise DataError(f"{where}: '{key}' leaves the range [-3, 3] of {dataset}, or is NaN.")
+    return label.reshape(n)
+
+
+def read_ids(fields: dict, where: str) -> list[str]:
+    """'a/b/c' of the non-empty parts of each id; ids come as strings, bytes, or rows of either. [] if there is none."""
+    result = []
+    with reading(f"{where}: 'id'", "Expected a string a clip."):
+        for row in to_list(fields.get("id", [])):
+            result.append("/".join(filter(None, map(to_text, to_list(row)))))
+    return result
+
+
+def read_lengths(fields: dict, name: str, where: str, count: int, longest: int) -> torch.Tensor:
+    """(N,) frames of each clip as the file states them, zeros where it does not."""
+    key, expected = f"{name}_lengths", f"{count} whole numbers between 0 and {longest}"
+    with reading(f"{where}: '{key}'", f"Expected {expected}."):
+        length = np.array(fields.get(key, [0] * count), dtype=np.float64)
+    whole = (length == np.rint(length)) & (0 <= length) & (length <= longest)
+    if length.shape not in ((count,), (count, 1)) or not whole.all():
+        raise DataError(f"{where}: '{key}' is not {expected}.")
+    return torch.from_numpy(length.reshape(count)).long()
+
+
+def to_text(value) -> str:
+    if isinstance(value, (list, tuple, dict, set, Array)):
+        raise TypeError("no text")          # a list that holds itself many times would have no end
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def to_list(value) -> list:
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def describe(value) -> str:
+    """What a field is, in words."""
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype} of shape {value.shape}"
+    if isinstance(value, list):
+        arrays = bool(value) and isinstance(value[0], np.ndarray)
+        return f"a list of {len(value)} {'arrays' if arrays else 'values'}"
+    return f"a {type(value).__name__}"
+
+
+# ---------------------------------------------------------------------------------- safe pickles
+
+FOREIGN = {     # first bytes -> what a file is that is no pickle
+    b"\x1f\x8b": "compressed by gzip; unpack it first",
+    b"BZh": "compressed by bzip2; unpack it first",
+    b"\xfd7zXZ": "compressed by xz; unpack it first",
+    b"PK": "a zip archive, as torch.save and numpy.savez write too; unpack it or save its content by pickle.dump",
+    b"\x80\x02\x8a\nl\xfc\x9cF": "written by torch.save; save its content by pickle.dump",
+    b"\x89HDF": "an HDF5 file; save its arrays by pickle.dump",
+    b"\x93NUMPY": "a single array in numpy's own format; save a dict of splits by pickle.dump",
+}
+
+
+def read_pickle(path: Path, splits=SPLITS) -> dict:
+    """split -> field -> array, list or value, of all splits that the file holds, and "SYNTHETIC": whether the file says
+    so of itself. DataError unless `splits` are among them. Runs nothing in the file. It takes the file's size in
+    memory; a file made to ask for more than there is ends in a sentence."""
+    with reading(path, "Download it again, or write a dict of numpy arrays by pickle.dump."), open_file(path) as file:
+        refuse_other_formats(file.peek(40)[:40], path)
+        content = Unpickler(file, encoding="bytes").load()
+        if rest := path.stat().st_size - file.tell():
+            raise pickle.UnpicklingError(f"{rest} bytes follow where it should end")
+        if isinstance(content, dict):
+            content = by_name(content)
+            what = "a dict of " + ", ".join(printable(name, 40) for name in list(content)[:8])
+        else:
+            content, what = {}, describe(plain(content))
+        result = {"SYNTHETIC": "SYNTHETIC" in content}
+        for s in SPLITS:
+            if isinstance(content.get(s), dict):
+                result[s] = {name: plain(value) for name, value in by_name(content[s]).items()}
+    if len(result) == 1 or not set(splits) <= set(result):
+        wanted = ", ".join(splits or SPLITS)
+        raise DataError(f"{path} holds {what}; expected a dict of {wanted}, each a dict of arrays.")
+    return result
+
+
+def refuse_other_formats(start: bytes, path: Path) -> None:
+    """An error if the file at `path`, which begins like this, is no pickle."""
+    if not start:
+        raise EOFError("it is empty")
+    for magic, kind in FOREIGN.items():
+        if start.startswith(magic):
+            raise DataError(f"{path} is no pickle but {kind}.")
+    if start[:1] not in b"\x80(]}lcd":
+        line = printable(start.decode("latin1").strip().split("\n")[0])
+        raise pickle.UnpicklingError(f"not a pickle: it begins with {line}, so the download went wrong")
+
+
+class Unpickler(pickle.Unpickler):
+    """Builds numpy arrays and plain containers; whatever else a pickle asks for is refused, by name."""
+
+    def find_class(self, module, name):
+        # Functions made anew for each request: a pickle may set attributes of what it is given.
+        allowed = {
+            "numpy.core.multiarray._reconstruct": lambda *_: Array(),
+            "numpy.core.multiarray.scalar": lambda dtype, raw=b"": to_array(raw, dtype, (1,), "C")[0],
+            "numpy.core.numeric._frombuffer": lambda *arguments: to_array(*arguments),      # protocol 5
+            "numpy.ndarray": "ndarray",
+            "numpy.dtype": DType,
+            "_codecs.encode": lambda text, *_: text.encode("latin1"),       # bytes in protocols 0 to 2
+            "collections.OrderedDict": OrderedDict,
+            "builtins.set": set,
+            "builtins.bytes": lambda: b"",
+        }
+        key = f"{module}.{name}".replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
+        if key not in allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array; nothing was run")
+        return allowed[key]
+
+
+class DType:
+    """Stands in for numpy.dtype while a pickle is read: plain numbers, strings and objects only. numpy's own takes
+    flags from the file, by which raw bytes could pose as pointers to objects."""
+
+    def __init__(self, code, *_):
+        code = to_text(code)
+        if not re.fullmatch(r"[<>|=]?([fiubSU]\d+|\?|O8?)", code):
+            raise pickle.UnpicklingError(f"an array of type {code!r} is not of numbers or strings")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(to_text(state[1]))
+
+
+class Array:
+    """Stands in for numpy.ndarray while a pickle is read; `value` is the array itself, a view of the bytes read."""
+    value = None
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, raw = state
+        self.value = to_array(raw, dtype, shape, "F" if fortran else "C")
+
+
+def to_array(raw, dtype: DType, shape: tuple, order: str) -> np.ndarray:
+    """The array of these bytes, or of this list of objects."""
+    dtype = dtype.dtype
+    count = len(raw) if dtype.hasobject else len(raw) / max(1, dtype.itemsize)
+    if min(shape, default=0) < 0 or math.prod(shape) != count:
+        shape = tuple(shape)
+        raise pickle.UnpicklingError(f"an array of shape {shape} comes with data for {count:g} values")
+    if dtype.hasobject:
+        array = np.empty(count, object)
+        for i, item in enumerate(raw):          # not [:]: numpy would unpack items that are lists
+            array[i] = item
+    else:
+        array = np.frombuffer(raw, dtype)
+    return array.reshape(shape, order=order)
+
+
+def plain(value):
+    """A field without the stand-ins: an array of numbers or strings, a list, or the value as it is. A list's items are
+    freed of them too, but not the lists inside it: one that holds itself would have no end."""
+    value = unwrap(value)
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        value = value.tolist()
+    return [unwrap(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def by_name(fields: dict) -> dict:
+    """The dict with its keys as text: Python 2 wrote bytes."""
+    return {to_text(key): value for key, value in fields.items()}
+
+
+def unwrap(value):
+    """The array of an Array, any other value as it is."""
+    if not isinstance(value, Array):
+        return value
+    if value.value is None:
+        raise pickle.UnpicklingError("it holds an array without data")
+    return value.value
+
+
+# ---------------------------------------------------------------------------------- feature folders
+
+def load_folders(features: dict, labels: Path, splits, limit: int | None) -> tuple[dict, dict]:
+    """The splits over feature folders (stream -> folder), and their source."""
+    if absent := [m for m in STREAMS if m not in features]:
+        raise DataError(f"--features lacks {', '.join(absent)}: give text=DIR audio=DIR vision=DIR, if you have it "
+                        f"{SIMULATED}=DIR, and --labels FILE.")
+    corpus, frames = read_corpus(labels), {}
+    digest = hashlib.sha256(labels.read_bytes())
+    for s, (ids, _) in corpus.items():
+        frames[s] = {m: Frames(m, Path(features[m]), ids) for m in (*STREAMS, SIMULATED) if m in features}
+        for m in sorted(frames[s]):
+            lines = [f"{m} {clip} {count}" for clip, count in zip(ids, frames[s][m].length.tolist())]
+            digest.update("\n".join(lines).encode("utf-8", "surrogatepass"))
+    ids = {s: corpus[s][0] for s in SPLITS}
+    notes, result = shared("clips", ids), {}
+    for s in splits:
+        index = torch.arange(len(ids[s]))[:limit]
+        if s == "train":
+            longest = torch.stack([x.length for x in frames[s].values()]).amax(0)[:limit]
+            index = (longest <= MAX_FRAMES).nonzero()[:, 0]
+            if number := len(longest) - len(index):
+                notes.append(f"{number} training clips of more than {MAX_FRAMES} frames are left out")
+            if len(index) == 0:
+                raise DataError(f"All training clips have more than {MAX_FRAMES} frames (MAX_FRAMES in data.py).")
+        for x in frames[s].values():
+            x.select(index)
+        real = {m: torch.arange(x.shape[1]) < x.length[:, None] for m, x in frames[s].items()}
+        result[s] = {**frames[s], "real": real, "label": corpus[s][1][index], "id": frames[s]["text"].ids,
+                     "lacking": []}
+    folders = " ".join(f"{m}={folder}" for m, folder in features.items())
+    source = {"file": printable(f"features {folders} labels={labels}", 600), "sha256": digest.hexdigest(),
+              "synthetic": False, "sizes": [len(ids[s]) for s in SPLITS], "notes": notes}
+    return result, source
+
+
+class Frames:
+    """One stream of feature files in the place of a tensor (N, T, d): `rows` reads the clips that a batch asks for.
+    length (N,): frames of each clip."""
+    device = "cpu"
+
+    def __init__(self, name: str, folder: Path, ids: list[str]):
+        self.name, self.folder, self.ids = name, folder, ids
+        lengths, width = [], None
+        for clip in ids:
+            files = frame_files(folder, clip)
+            if not files:
+                raise DataError(f"--features {name}={folder} has no {clip}.npy and no folder {clip} of .npy files.")
+            frames, features = open_npy(files[0]).shape
+            width = width or features
+            lengths.append(frames if len(files) == 1 else len(files))
+        self.length, self.width = torch.tensor(lengths), width
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.ids), int(self.length.max()), self.width
+
+    def to(self, device) -> "Frames":
+        self.device = device
+        return self
+
+    def select(self, index: torch.Tensor) -> None:
+        """Only these clips from now on."""
+        self.ids, self.length = [self.ids[i] for i in index.tolist()], self.length[index]
+
+    def rows(self, index: torch.Tensor, longest: int) -> torch.Tensor:
+        """float32 (len(index), longest, d) on the device, padded behind; DataError if a file is not as it was."""
+        x = torch.zeros(len(index), longest, self.width)
+        for row, i in enumerate(index.tolist()):
+            where = self.folder / self.ids[i]
+            advice = f"Expected {int(self.length[i])} frames of {self.width} features, as its first clip has."
+            with reading(where, advice):
+                frames = [open_npy(path) for path in frame_files(self.folder, self.ids[i])]
+                array = np.concatenate(frames)
+                if array.shape != (int(self.length[i]), self.width):
+                    raise ValueError
+                with np.errstate(all="ignore"):
+                    x[row, :len(array)] = torch.from_numpy(array[:longest].astype(np.float32))
+            if not x[row].isfinite().all():
+                raise DataError(f"{where}: '{self.name}' has values that are NaN, infinite or too large for float32.")
+        return x.to(self.device)
+
+
+def frame_files(folder: Path, clip: str) -> list[Path]:
+    """<clip>.npy, or the files in the folder <clip>, 2.npy before 10.npy; [] if there is neither."""
+    def number_parts(path: Path) -> list:
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
+    with reading(folder / clip, "Name the folder of the clips' files with --features."):
+        if (folder / f"{clip}.npy").is_file():
+            return [folder / f"{clip}.npy"]
+        files = [path for path in (folder / clip).glob("[!.]*.npy") if path.is_file()]
+    return sorted(files, key=number_parts)
+
+
+def open_npy(path: Path) -> np.ndarray:
+    """(frames, features) of one file, not yet read; numbers only."""
+    form = "expected numbers, (frames, features) or (features,)"
+    with reading(path, f"It is no .npy file: {form}."):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.dtype.kind not in "fiu" or array.ndim not in (1, 2) or 0 in array.shape:
+            raise DataError(f"{path} is {describe(array)}; {form}.")
+        return np.atleast_2d(array)
+
+
+def read_corpus(path: Path) -> dict:
+    """split -> (ids, sentiment (N,)) of Double-Flow's label file: an .npz of train_corpus, val_corpus and test_corpus,
+    each a pickled dict clip -> {"emo", "val"}. Read as every pickle here: nothing in it runs."""
+    advice = "Expected an .npz of train_corpus, val_corpus, test_corpus: dicts clip -> {emo, val}."
+    result = {}
+    with reading(path, advice), open_file(path) as whole, zipfile.ZipFile(whole) as archive:
+        for split, name in zip(SPLITS, ("train_corpus.npy", "val_corpus.npy", "test_corpus.npy")):
+            if archive.getinfo(name).file_size > 1 << 28:
+                raise pickle.UnpicklingError(f"{name} is too large for a list of labels")
+            with archive.open(name) as file:
+                file.readline()                         # numpy's header, which ends in a new line
+                corpus = plain(Unpickler(file, encoding="bytes").load())
+            values = [float(np.reshape(plain(facts["val"]), ())) for facts in corpus.values()]
+            result[split] = list(map(to_text, corpus)), torch.tensor(values)
+    for split, (ids, label) in result.items():
+        if not ids or not (label.abs() <= 3).all():
+            raise DataError(f"--labels {path}: {split} is empty, or leaves the range [-3, 3].")
+        for clip in ids:
+            if Path(clip).name != clip or clip in ("", ".", ".."):
+                raise DataError(f"--labels {path}: {clip!r} cannot be the name of a clip's file.")
+    return result
+
+
+# ---------------------------------------------------------------------------------- the stand-in
 
 # Measured on MOSI where known, else from the data sets' papers: label mean and deviation before clipping, share of
 # zeros (IEMOCAP: the share of each emotion); median and spread of the log length. The strengths are calibrated, so that
@@ -1012,6 +853,24 @@ _LABELS = {
 }
 _LENGTHS = {"mosi": (50, 11, .64), "mosei": (50, 19, .6), "iemocap": (20, 12, .5)}
 _STRENGTH = {"text": 2.0, "audio": .65, "vision": .5}
+
+
+def stand_in(dataset: str, split: str, seed: int = 0) -> dict:
+    """Made-up features in the real sizes, as MulT's pickle holds them. Each stream carries the label plus noise of the
+    clip and stream: little noise in text, more in audio and vision, so each holds a part that the others lack."""
+    name = zlib.crc32(dataset.encode())
+    rng = np.random.default_rng([seed, name, SPLITS.index(split)])
+    longest, median, spread = _LENGTHS[dataset]
+    n = SIZES[dataset][SPLITS.index(split)]
+    length = np.clip(np.rint(median * np.exp(spread * rng.standard_normal(n))), 2, longest).astype(int)
+    labels, signal = random_labels(dataset, split, rng)
+    fields = {"labels": labels}
+    for m in STREAMS:
+        cues = _STRENGTH[m] * signal + rng.standard_normal(signal.shape)
+        shared_seed = [seed, zlib.crc32(f"{dataset}/{m}".encode())]
+        fields[m] = random_frames(m, shared_seed, cues, length, longest, rng)
+    ids = np.array([[f"{split}{i}", "0", "1"] for i in range(n)])
+    return {**fields, "id": ids.astype("S") if dataset == "mosi" else ids}
 
 
 def random_labels(dataset: str, split: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -1050,99 +909,179 @@ def random_frames(name: str, shared_seed: list, cues: np.ndarray, length: np.nda
     return x
 
 
-def stand_in(dataset: str, split: str, seed: int = 0) -> dict:
-    """Made-up features in the real sizes, as MulT's pickle holds them. Each stream carries the label plus noise of the
-    clip and stream: little noise in text, more in audio and vision, so each holds a part that the others lack."""
-    name = zlib.crc32(dataset.encode())
-    rng = np.random.default_rng([seed, name, SPLITS.index(split)])
-    longest, median, spread = _LENGTHS[dataset]
-    n = SIZES[dataset][SPLITS.index(split)]
-    length = np.clip(np.rint(median * np.exp(spread * rng.standard_normal(n))), 2, longest).astype(int)
-    labels, signal = random_labels(dataset, split, rng)
-    fields = {"labels": labels}
-    for m in STREAMS:
-        cues = _STRENGTH[m] * signal + rng.standard_normal(signal.shape)
-        shared_seed = [seed, zlib.crc32(f"{dataset}/{m}".encode())]
-        fields[m] = random_frames(m, shared_seed, cues, length, longest, rng)
-    ids = np.array([[f"{split}{i}", "0", "1"] for i in range(n)])
-    return {**fields, "id": ids.astype("S") if dataset == "mosi" else ids}
+# ---------------------------------------------------------------------------------- mistakes
+
+def printable(text: str, most: int = 100) -> str:
+    """A file's own text made safe for a terminal: at most `most` characters, no control ones, no lone surrogates."""
+    text = text.encode(errors="backslashreplace").decode()
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= most else f"{text[:most * 2 // 3]} ... {text[-most // 5:]}"
+
+
+class DataError(Exception):
+    """A user's mistake in one or two sentences; str() is one printable line, whatever a file has put into it."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), 600)
+
+
+@contextlib.contextmanager
+def reading(what, advice: str):
+    """Whatever reading `what` raises becomes one DataError: a damaged file can make a library raise anything."""
+    try:
+        yield
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"{what} cannot be read: {error.strerror or error}.") from None
+    except MemoryError:
+        raise DataError(f"{what} is refused: it asks for more memory than there is. {advice}") from None
+    except Exception as error:
+        reason = f" ({type(error).__name__})"
+        if isinstance(error, (pickle.UnpicklingError, EOFError)):   # their messages say what is wrong
+            reason = ": " + (" ".join(str(error).split()).rstrip(".") or "it is empty or cut off")
+        raise DataError(f"{what} is refused{reason}. {advice}") from None
+
+
+def open_file(path: Path):
+    """The file, open to be read in binary. What is no regular file is refused: a FIFO would wait for ever."""
+    if not path.is_file():
+        raise DataError(f"{path} is no regular file." if path.exists() else f"{path} does not exist.")
+    return open(path, "rb")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a reader never sees half of it. DataError, and nothing left behind, if it
+    cannot be written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def check_writable(folder: Path) -> None:
+    """A DataError if no file can be made in this folder."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise DataError(f"Nothing can be written into {folder}: {error.strerror}.") from None
+
+
+def run_program(work, stopped: str) -> int:
+    """The exit code of work(): 0; 2 after a user's mistake, said on stderr; 130 after Ctrl-C, with `stopped` said."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):      # a path may hold what the terminal cannot show; a log is read at once
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        work()
+        return 0
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:                     # | head: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 130
 
 
 # ---------------------------------------------------------------------------------- command line
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description="Check, convert or make up a data file.")
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("check", help="print what a file is, or what is wrong with it (exit code 2)")
+    one.add_argument("path", type=Path, metavar="FILE", help="a pickle")
+    one.set_defaults(work=check)
+    two = commands.add_parser("convert", help="write MFN's .h5 files of MOSI as mosi_data.pkl, in MulT's layout")
+    two.add_argument("folder", type=Path, metavar="FOLDER", help="MFN's folder data, with X_train.h5, y_train.h5, ...")
+    two.set_defaults(work=convert)
+    three = commands.add_parser("synthesize", help="write a SYNTHETIC stand-in in MulT's layout")
+    three.add_argument("dataset", choices=SIZES)
+    three.set_defaults(work=synthesize)
+    for command in (two, three):
+        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the file")
+    args = vars(parser.parse_args(argv))
+    work = args.pop("work")
+    return run_program(lambda: work(**args), "stopped")
+
 
 def check(path: Path) -> None:
     """Print what one file is; DataError on what is wrong with it."""
     loaded = load(None, path, None, normalize=False)
     source = loaded["source"]
-    say(f"{path}{', ' + SYNTHETIC if source['synthetic'] else ''}")
-    say(f"  layout {source['layout']}, labels as of {loaded['dataset']}")
-    say(f"  SHA-256 {source['sha256']}")
-    for s in SPLITS:
-        if s not in loaded:
-            continue
+    print(f"{path}{', ' + SYNTHETIC if source['synthetic'] else ''}, labels as of {loaded['dataset']}")
+    print(f"  SHA-256 {source['sha256']}")
+    for s in filter(loaded.get, SPLITS):
         split = loaded[s]
-        say(f"  {s}: {len(split['text'])} clips")
+        print(f"  {s}: {len(split['text'])} clips")
         for m in streams(split):
             n = split["real"][m].sum(1).float()
             empty = int((~split[m].flatten(1).any(1)).sum())
-            say(f"    {m:6s} {tuple(split[m].shape)} {split['details'][m]}; real frames: mean {n.mean():.1f}, "
-                f"most {n.max():.0f}; clips of zeros alone: {empty}")
-        if split["label"] is None:
-            say("    no labels")
-        else:
-            y = split["label"]
-            say(f"    labels: {y.min():.1f} to {y.max():.1f}, mean {y.mean(0).tolist()}")
+            print(f"    {m:6s} {tuple(split[m].shape)}; real frames: mean {n.mean():.1f}, most {n.max():.0f}; "
+                  f"clips of zeros alone: {empty}")
+        y = split["label"]
+        print("    no labels" if y is None else f"    labels from {y.min():.1f} to {y.max():.1f}")
     _, text = comparison({**loaded, "limit": None}, source, GLOVE)
-    say(f"  CorrKD, UMDF: {text or 'the features and splits of the papers'}")
-    for note in source["notes"]:
-        say(f"  note: {note}")
+    print(f"  CorrKD, UMDF: {text or 'the features and splits of the papers'}")
+    notes = source["notes"]
+    if absent := [s for s in SPLITS[:2] if s not in loaded or loaded[s]["label"] is None]:
+        notes.append(f"no {' and no '.join(absent)} with labels: train.py refuses this file, eval.py takes it")
+    for note in notes:
+        print(f"  note: {note}")
 
 
-def check_all(path: Path) -> int:
-    """Check a file, or all pickles under a folder; 1 if there is something wrong with any of them."""
-    paths, errors, code = [path], [], 0
-    if path.is_dir():
-        paths, errors = files_below(path, "*.pkl")
-        paths = sorted(p for p in paths if not p.name.startswith("._"))
-    for error in errors:
-        say(f"error: {error}", "stderr")
-        code = 1
-    if not paths and not errors:
-        raise DataError(f"No .pkl file in {path}.")
-    for each in paths:
-        try:
-            check(each)
-        except DataError as error:
-            say(f"error: {error}", "stderr")
-            code = 1
-    return code
+def convert(folder: Path, out: Path) -> None:
+    """Write the .h5 files of MOSI that MFN (github.com/pliang279/MFN) has in its folder data as a pickle: X_train.h5,
+    y_train.h5 and so on, each with one dataset `data`. A clip's last 20 words, padded in front: 300 columns of text
+    (GloVe), 5 of audio (COVAREP), 20 of vision (Facet); y is the sentiment."""
+    try:
+        import h5py
+    except ImportError:
+        raise DataError("convert needs h5py, which is not installed: pip install h5py.") from None
+
+    def array(name: str, shape: tuple) -> np.ndarray:
+        path = folder / f"{name}.h5"
+        with reading(path, "It is not MFN's file: download it again."), open_file(path), h5py.File(path) as file:
+            if "data" not in file or file["data"].shape != shape:
+                held = ", ".join(f"{key} {getattr(file[key], 'shape', '')}" for key in file)
+                raise DataError(f"{path} holds {held or 'nothing'}; MFN's file of MOSI holds data {shape}.")
+            return file["data"][()].astype(np.float32)
+
+    content = {}
+    for s, n in zip(SPLITS, SIZES["mosi"]):
+        text, audio, vision = np.split(array(f"X_{s}", (n, 20, 325)), (300, 305), axis=2)
+        content[s] = {"text": text, "audio": audio, "vision": vision, "labels": array(f"y_{s}", (n,)).reshape(n, 1, 1)}
+    print(f"wrote {write_new(out / 'mosi_data.pkl', content)}")
 
 
-def synthesize(dataset: str, folder: Path) -> None:
-    """Write the stand-in as a pickle in MulT's layout; never over a file."""
-    path = folder / FILES[dataset][0]
+def synthesize(dataset: str, out: Path) -> None:
+    """Write the stand-in as a pickle in MulT's layout."""
+    content = {**{s: stand_in(dataset, s) for s in SPLITS}, "SYNTHETIC": SYNTHETIC}
+    print(f"wrote {write_new(out / FILES[dataset][0], content)}: {SYNTHETIC}, not {dataset}")
+
+
+def write_new(path: Path, content: dict) -> Path:
+    """Write a pickle, never over a file."""
     if path.exists():
         raise DataError(f"{path} exists already, and is left as it is. Name another folder, or remove it.")
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {**{s: stand_in(dataset, s) for s in SPLITS}, "SYNTHETIC": SYNTHETIC}
-    with replacing(path) as file:
-        pickle.dump(content, file, protocol=4)
-    say(f"wrote {path}: {SYNTHETIC}, not {dataset}")
-
-
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="Check a data file, or write a synthetic one.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("check", help="print what a file is, or what is wrong with it (exit 1)")
-    one.add_argument("path", type=Path, help="a pickle, or a folder whose pickles are all checked")
-    two = commands.add_parser("synthesize", help="write a SYNTHETIC stand-in in MulT's layout")
-    two.add_argument("dataset", choices=SIZES)
-    two.add_argument("--out", type=Path, required=True, help="folder for the file")
-    args = parser.parse_args(argv)
-
-    def work():
-        return check_all(args.path) if args.command == "check" else synthesize(args.dataset, args.out)
-    return run_program(work, "stopped")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, pickle.dumps(content, protocol=4))
+    return path
 
 
 if __name__ == "__main__":
