@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import sys
 import warnings
 import zlib
@@ -18,10 +19,11 @@ import torch
 
 import data
 from data import SPLITS, STREAMS, DataError
-from helpers import FOLDERS, WIDTHS, Call, content, feature_folders, fields, written
+from helpers import FOLDERS, ROOT, WIDTHS, Call, content, feature_folders, fields, written
 
 posix = pytest.mark.skipif(os.name != "posix", reason="FIFOs, links and devices are POSIX's")
 UNALIGNED = {"lengths": (8, 12, 10)}
+PAPERS = {"text": 300, "audio": 74, "vision": 35}
 
 
 def load(folder, made, splits=SPLITS, dataset="mosi", name="mosi_data.pkl", **more):
@@ -48,10 +50,22 @@ def number(stream, value):
     return made
 
 
+def crc(*arrays):
+    return zlib.crc32(b"".join(np.asarray(x).tobytes() for x in arrays))
+
+
 def same(a, b):
     for m in STREAMS:
         assert torch.equal(a[m], b[m]) and torch.equal(a["real"][m], b["real"][m])
     assert torch.equal(a["label"], b["label"]) and a["id"] == b["id"]
+
+
+def test_the_names_and_numbers_that_files_and_tables_go_by():
+    assert data.SETS == {name: tuple(m for letter, m in zip("lav", ("text", "audio", "vision")) if letter in name)
+                         for name in ("l", "a", "v", "la", "lv", "av", "lav")}
+    assert data.EMOTIONS == ("neutral", "happy", "sad", "angry")
+    assert data.RATES == (0, .1, .2, .3, .4, .5, .6, .7, .8, .9, 1)
+    assert data.SIZES == {"mosi": (1284, 229, 686), "mosei": (16326, 1871, 4659), "iemocap": (2717, 798, 938)}
 
 
 # ------------------------------------------------------------------------------------- formats
@@ -73,20 +87,43 @@ def test_mults_layout(tmp_path):
 
 
 def test_mmsas_layout(tmp_path):
-    """regression_labels, ids as a list of strings, text_bert left alone, stated lengths of unaligned streams."""
+    """regression_labels, ids as a list of strings, text_bert left alone."""
     made = every(more={**UNALIGNED, "front": False}, id=[f"v$_${i}" for i in range(5)], text_bert=np.zeros((5, 3, 8)),
-                 regression_labels=lambda split: split.pop("labels").ravel().tolist(),
-                 audio_lengths=[5, 6, 7, 8, 9], vision_lengths=np.full((5, 1), 2))
-    made["train"]["audio"][1] = np.roll(made["train"]["audio"][1], 8, 0)        # padded in front
+                 regression_labels=lambda split: split.pop("labels").ravel().tolist())
     written(tmp_path / "MOSI" / "Processed", made, "unaligned_50.pkl")
     loaded = data.load("mosi", tmp_path, normalize=False)
     split = loaded["train"]
-    assert split["id"][1] == "v$_$1" and loaded["source"]["layout"] == "MMSA" and not loaded["aligned"]
+    assert split["id"][1] == "v$_$1" and not loaded["aligned"]
     assert split["real"]["text"].sum(1).tolist() == [3, 4, 5, 6, 7]
-    assert split["real"]["audio"].sum(1).tolist() == [5, 6, 7, 8, 9]        # the stated length covers the frames
-    assert split["real"]["vision"].sum(1).tolist() == [3, 4, 5, 6, 7]       # it does not: the frames count
-    made["train"]["audio"][1] = np.roll(made["train"]["audio"][1], -6, 0)       # 2 of its 6 frames are zeros
-    np.testing.assert_array_equal(split["audio"], made["train"]["audio"])
+
+
+SPANS = [   # of 12 frames: a clip's first, the one behind its last, its stated length -> its beginning, its length
+    (2, 5, 5, 0, 5), (2, 5, 7, 0, 7), (2, 5, 4, 2, 3), (2, 5, 0, 2, 3), (5, 9, 8, 5, 4), (0, 0, 5, 0, 0),
+    (4, 12, 8, 4, 8), (6, 12, 8, 4, 8), (4, 12, 9, 3, 9), (4, 12, 7, 4, 8), (3, 12, 12, 0, 12), (0, 12, 3, 0, 12)]
+
+
+def test_a_stated_length_that_covers_a_clip_from_the_front_or_the_back_widens_it(tmp_path):
+    t = np.arange(12)[:, None].repeat(4, 1)
+    x = np.stack([np.where((first <= t) & (t < behind), t - 20, 0) for first, behind, *_ in SPANS])
+    made = every(more={"n": len(x), **UNALIGNED}, audio=x, audio_lengths=[span[2:3] for span in SPANS])
+    split = load(tmp_path, made)["train"]
+    for i, (_, _, _, start, length) in enumerate(SPANS):
+        assert split["audio"][i, :, 0].tolist() == [*x[i, start:, 0], *[0] * start], SPANS[i]
+        assert split["real"]["audio"][i].tolist() == [t < length for t in range(12)], SPANS[i]
+
+
+def test_a_limit_takes_the_first_clips_of_each_split(tmp_path):
+    pickled = {"data_dir": written(tmp_path, every(more=UNALIGNED, audio_lengths=[5, 6, 7, 8, 9]))}
+    folders, _, _ = feature_folders(tmp_path)
+    for name, sizes, more in (("mosi", [5, 5, 5], pickled), ("mosei", [12, 6, 6], folders),
+                              ("iemocap", [2717, 798, 938], {"synthetic": True})):
+        whole, part = (data.load(name, splits=["valid"], normalize=False, limit=limit, **more) for limit in (None, 3))
+        assert whole["source"]["sizes"] == part["source"]["sizes"] == sizes
+        whole, part = whole["valid"], part["valid"]
+        assert part["id"] == whole["id"][:3] and torch.equal(part["label"], whole["label"][:3])
+        assert part["text"].shape[0] == 3 < whole["text"].shape[0]
+        (a, _, real), (b, _, same_real) = (data.batch(split, torch.arange(3)) for split in (whole, part))
+        assert all(torch.equal(a[m], b[m]) and torch.equal(real[m], same_real[m]) for m in a | b)
 
 
 @pytest.mark.parametrize("lengths", [
@@ -101,10 +138,16 @@ def test_aligned_streams_share_their_span(tmp_path):
     """A face not found at a clip's edge is no padding while a word is there."""
     made = content()
     made["train"]["vision"][4, 1:4] = 0
-    made["train"]["audio"][2] = 0
-    split = load(tmp_path, made)["train"]
-    assert split["real"]["vision"][4].sum() == 7 and split["vision"][4].any(-1).tolist() == [0, 0, 0, 1, 1, 1, 1, 0]
-    assert split["real"]["audio"][2].sum() == 5 and not split["audio"][2].any()
+    made["train"]["audio"][3] = 0
+    made["train"]["simulated_text"] = made["train"]["text"].copy()
+    for i, m in enumerate(STREAMS):
+        made["train"][m][i, 1] = -1                     # a frame that one stream alone has
+        made["train"][f"{m}_lengths"] = [8] * 5         # of no account
+    split = load(tmp_path, made, ("train",))["train"]
+    assert split["vision"][4].any(-1).tolist() == [0, 0, 0, 1, 1, 1, 1, 0] and not split["text"][1, 0].any()
+    assert not split["audio"][3].any() and split["lacking"] == []
+    assert all(split["real"][m].sum(1).tolist() == [7, 7, 7, 6, 7] for m in STREAMS)
+    assert split["real"]["simulated_text"].sum(1).tolist() == [3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("dataset, form", [
@@ -117,6 +160,7 @@ def test_labels_in_all_their_forms(tmp_path, dataset, form):
     y = content(emotions=emotions)["valid"]["labels"]
     split = load(tmp_path, made, dataset=dataset, name=data.FILES[dataset][0])["valid"]
     np.testing.assert_array_equal(split["label"], y.argmax(-1) if emotions else y.ravel())
+    assert load(tmp_path, without("valid", "labels"), ["valid"], name="mosi_raw.pkl")["valid"]["label"] is None
 
 
 @pytest.mark.parametrize("ids, first", [
@@ -128,19 +172,25 @@ def test_ids_in_all_their_forms(tmp_path, ids, first):
 
 
 NOTES = {
-    "test has no vision: a set with it is not answered": every(["test"], UNALIGNED, vision=np.zeros((5, 9, 3))),
-    "5 clips stand in both train and test": every(id=list("abcde")),
-    "4 clips of train have the id of another one in it": every(["train"], id=list("aaaaa")),
-    "valid has no ids": without("valid", "id"),
+    "no vision in test: a set with it is not answered": every(["test"], UNALIGNED, vision=np.zeros((5, 9, 3))),
+    "no vision in train, valid, test: a set": every(vision=np.zeros((5, 8, 3))),
+    **{f"2 clips stand in both {a} and {b}": {**content(), a: {**fields(seed=7), "id": list("abcde")},
+                                              b: {**fields(seed=8), "id": list("fdgeh")}}
+       for a, b in (("train", "valid"), ("train", "test"), ("valid", "test"))},
+    "3 clips of train have the id of another one in it": every(["train"], id=list("aabaa")),
+    "no ids in valid: nothing tells": without("valid", "id"),
     "all labels lie within [-1, 1]: Acc-7": every(labels=np.linspace(-1, 1, 5)),
-    "the streams are not aligned": content(**UNALIGNED),
+    "the streams are not aligned": every(["test"], vision=np.ones((5, 9, 3)), labels=np.linspace(-3, 3, 5)),
 }
 
 
 @pytest.mark.parametrize("text", NOTES)
 def test_what_a_reader_of_a_table_should_know_is_noted(tmp_path, text):
-    assert any(note.startswith(text) for note in load(tmp_path, NOTES[text])["source"]["notes"])
-    assert load(tmp_path, every(labels=np.linspace(-1.2, 1, 5)))["source"]["notes"] == []
+    loaded = load(tmp_path, NOTES[text])
+    assert any(note.startswith(text) for note in loaded["source"]["notes"])
+    assert loaded["lacking"] == ["vision"] * ("no vision" in text)
+    for dataset, made in (("mosi", every(SPLITS[1:], labels=[-1, 0, 0, 0, 1])), ("iemocap", content(emotions=True))):
+        assert load(tmp_path, made, dataset=dataset, name=data.FILES[dataset][0])["source"]["notes"] == []
 
 
 class Python2(pickle._Pickler):
@@ -168,24 +218,44 @@ def test_protocols_and_number_types(tmp_path, protocol, dtype):
     for k, s in enumerate(SPLITS):
         for m in STREAMS:
             np.testing.assert_array_equal(loaded[s][m], made[s][m].astype(np.float32))
+            assert loaded[s][m].dtype == torch.float32
         assert loaded[s]["id"] == [f"clip{k}_{i}" for i in range(5)]
 
 
-def test_word_aligned_files_come_first_and_a_missing_one_is_told(tmp_path):
+@pytest.mark.parametrize("dataset, names", [
+    ("mosi", ("mosi_raw", "mosi_data", "aligned_50", "mosi_data_noalign", "unaligned_50")),
+    ("mosei", ("mosei_senti_data", "mosei_raw", "aligned_50", "mosei_senti_data_noalign", "unaligned_50")),
+    ("iemocap", ("iemocap_data", "iemocap_data_noalign"))])
+def test_word_aligned_files_come_first_and_a_missing_one_is_told(tmp_path, dataset, names):
     with pytest.raises(DataError, match="--synthetic"):
-        data.find("mosei", tmp_path)
-    for name in reversed(("mosei_senti_data.pkl", "mosei_raw.pkl", "aligned_50.pkl", "mosei_senti_data_noalign.pkl")):
-        (tmp_path / name).touch()
-        assert data.find("mosei", tmp_path).name == name
+        data.find(dataset, tmp_path)
+    for name in reversed(names):
+        (tmp_path / f"{name}.pkl").touch()
+        assert data.find(dataset, tmp_path).stem == name
 
 
 def test_a_file_whose_sizes_are_another_data_sets_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SIZES", {"mosi": (50, 46, 50), "mosei": (9, 9, 9), "iemocap": (7, 7, 7)})
-    with pytest.raises(DataError, match="50/50/50 clips, .* splits of mosi, not of mosei. Use --dataset mosi"):
-        load(tmp_path, content(n=50), dataset="mosei", name="mosei_raw.pkl")
+    for made, dataset in ((content(), "mosi"), (content(emotions=True), "iemocap")):        # of no data set's size
+        assert data.load(None, written(tmp_path, made) / "mosi_data.pkl")["dataset"] == dataset
+    monkeypatch.setattr(data, "SIZES", {"mosi": (9, 9, 9), "mosei": (50, 46, 50), "iemocap": (7, 7, 7)})
+    with pytest.raises(DataError, match="50/50/50 clips, .* splits of mosei, not of mosi. .* --dataset mosei"):
+        load(tmp_path, content(n=50))
+    assert data.load(None, tmp_path / "mosi_data.pkl")["dataset"] == "mosei"
     two = {s: fields(n=50) for s in ("train", "valid")}
-    with pytest.raises(DataError, match="the splits of mosi, not of mosei"):
-        load(tmp_path, two, ("train", "valid"), dataset="mosei", name="mosei_raw.pkl")
+    with pytest.raises(DataError, match="the splits of mosei, not of mosi"):
+        load(tmp_path, two, ("train", "valid"))
+    assert load(tmp_path, content(n=50), across=True)["dataset"] == "mosei"
+    with pytest.raises(DataError, match="splits of iemocap, not of mosi or mosei. Name another file with --data"):
+        load(tmp_path, content(n=7), across=True)
+    with pytest.raises(DataError, match="the splits of mosei, not of iemocap. Name another file with --data-dir"):
+        load(tmp_path, content(n=50), dataset="iemocap", name="iemocap_data.pkl", across=True)
+
+
+@pytest.mark.parametrize("sizes, name", [
+    ((1284, 229, 686), "mosi"), ((1412, 207, 754), "mosi"), ((1413, 229, 686), None), ((1284, 229, 617), None),
+    ((16326, 1871, 4659), "mosei"), ((2717, None, 938), "iemocap"), ((1284, None, None), None)])
+def test_a_files_sizes_tell_its_data_set_where_two_splits_lie_within_a_tenth(sizes, name):
+    assert data.data_set_of(list(sizes)) == name
 
 
 @pytest.mark.parametrize("change, compared, text", [
@@ -194,11 +264,13 @@ def test_a_file_whose_sizes_are_another_data_sets_is_refused(tmp_path, monkeypat
     ({"sizes": [1284, 229, None]}, False, "test has no clips"), ({"synthetic": True}, False, "SYNTHETIC"),
     ({"sizes": [None, 229, 686]}, True, "train has no clips, the paper's 1284"),
     ({"text": 768}, False, "text is 768 wide, not 300"), ({"limit": 9}, False, "of only the first 9 clips"),
-    ({"audio": 5}, True, "audio is 5 wide")])
+    ({"audio": 5}, True, "audio is 5 wide"), ({"vision": 47}, True, "vision is 47 wide"),
+    ({"sizes": [1290, 229, 686]}, True, "train has 1290 clips"), ({"text": 299}, False, "text is 299 wide"),
+    ({"dataset": "iemocap", "sizes": [2717, 798, 938]}, True, "")])
 def test_what_may_stand_beside_print(change, compared, text):
-    dims = {m: change.get(m, width) for m, width in data.GLOVE.items()}
+    dims = {m: change.get(m, width) for m, width in PAPERS.items()}
     source = {"sizes": [1284, 229, 686], "synthetic": False, **change}
-    answer, line = data.comparison({"dataset": "mosi", "dims": dims, "limit": change.get("limit")}, source, data.GLOVE)
+    answer, line = data.comparison({"dataset": "mosi", "limit": None, **change, "dims": dims}, source, PAPERS)
     assert answer is compared and text in line and bool(text) == bool(line)
 
 
@@ -211,7 +283,7 @@ BAD = {     # what is said: content of the file
     "compressed by gzip; unpack it": gzip.compress(WHOLE),
     "compressed by bzip2; unpack it": b"BZh9",
     "compressed by xz; unpack it": b"\xfd7zXZ\x00",
-    "by zlib, as joblib does": zlib.compress(WHOLE),
+    "begins with x": zlib.compress(WHOLE),
     "a zip archive, as torch.save and numpy.savez write": b"PK\x03\x04",
     "written by torch.save": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.",
     "an HDF5 file": b"\x89HDF\r\n\x1a\n",
@@ -226,16 +298,21 @@ BAD = {     # what is said: content of the file
     "'text' is an array of <U2": every(text=np.full((5, 2, 2), "so")),
     "4 clips of audio, .* 5 labels": every(audio=np.ones((4, 8, 4))),
     "1 clips of simulated_text": every(simulated_text=np.ones((1, 8, 6))),
-    r"leaves the range \[-3, 3\]": every(labels=np.full(5, 7)),
+    r"leaves the range \[-3, 3\]": every(labels=np.full(5, 3.01)),
     "or is NaN": every(labels=np.full(5, np.nan)),
     r"of shape \(5, 2\) is not one sentiment": every(labels=np.zeros((5, 2))),
+    "is not four yes/no": every(labels=np.full((5, 4), 2)),
+    "not four yes/no emotions": every(labels=np.eye(5, 4) / 2),
+    r"\(5, 4, 2\) is not four yes/no": every(labels=np.ones((5, 4, 2))),
     "'labels' is refused .OverflowError": every(labels=[10 ** 400] * 5),
     "split train: 'id' is refused .ValueError": every(id=[10 ** 5000] * 5),
     "'vision' holds.* NaN.* clip clip0_2": number("vision", np.nan),
     "'audio' holds values .* clip clip0_2": number("audio", np.inf),
     "'text' holds values": number("text", -np.inf),
+    "'vision' holds values": number("vision", -np.inf),
     "'audio' .*too large.*clip clip0_2": number("audio", -1e300),
     "split valid has neither 'labels' nor": without("valid", "labels"),
+    "split train has neither 'labels' nor": without("train", "labels"),
     "simulated_text has 4 features, text 6": every(simulated_text=lambda split: split["text"][..., :4]),
     "differ in feature width": every(["train"], text=np.ones((5, 8, 5))),
 }
@@ -245,7 +322,7 @@ BAD = {     # what is said: content of the file
 def test_a_bad_file_is_told_in_a_sentence(tmp_path, text):
     with warnings.catch_warnings(), pytest.raises(DataError, match=text) as error:
         warnings.simplefilter("error")
-        load(tmp_path, BAD[text])
+        load(tmp_path, BAD[text], **{"dataset": "iemocap", "name": "iemocap_data.pkl"} if "yes/no" in text else {})
     assert str(error.value).isprintable() and len(str(error.value)) <= 600
 
 
@@ -367,7 +444,9 @@ def damage(raw: bytes, draw: random.Random) -> bytes:
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_a_damaged_pickle_loads_the_same_clips_or_is_told_in_a_sentence(tmp_path, protocol, little_memory):
     """Values may differ, which only the SHA-256 can tell; a file without ids says so."""
-    whole = pickle.dumps(content(n=4, lengths=(3, 3, 3)), protocol=protocol)
+    made = content(n=4, lengths=(3, 3, 3))
+    made["train"]["labels"][0] = 1      # so that it has two classes
+    whole = pickle.dumps(made, protocol=protocol)
     draw, refusals, good = random.Random(protocol), 0, load(tmp_path, whole)
     for _ in range(300):
         try:
@@ -381,7 +460,7 @@ def test_a_damaged_pickle_loads_the_same_clips_or_is_told_in_a_sentence(tmp_path
         for s in SPLITS:
             assert len(loaded[s]["label"]) == 4 and (loaded[s]["label"].abs() <= 3).all()
             assert all(loaded[s][m].shape == good[s][m].shape and loaded[s][m].isfinite().all() for m in STREAMS)
-            assert len(loaded[s]["id"]) == 4 or f"{s} has no ids" in " ".join(loaded["source"]["notes"])
+            assert len(loaded[s]["id"]) == 4 or "no ids in " in " ".join(loaded["source"]["notes"])
     assert 60 < refusals < 290, refusals
 
 
@@ -405,7 +484,8 @@ def test_standardising_is_what_the_docstring_says(tmp_path):
     made["train"]["text"][..., 2] *= 1e4
     made["train"]["vision"][4, 3] = 0           # a face not found inside the clip
     made["train"]["audio"][..., 1] = np.where(made["train"]["audio"][..., 1] != 0, 3.25, 0)      # a constant
-    made["valid"]["text"][:, -1, 0] = 1e4
+    made["train"]["text"][3:, 6, 1] = made["train"]["vision"][3:, 6, 1] = 0        # numbers of real frames
+    made["valid"]["text"][:, -1, :2] = 1e4, -1e4
     raw, loaded = load(tmp_path, made), load(tmp_path, made, normalize=True)
     for m in STREAMS:
         frames = [frame for clip in raw["train"][m].double().numpy() for frame in clip if frame.any()]
@@ -415,10 +495,17 @@ def test_standardising_is_what_the_docstring_says(tmp_path):
             x = raw[s][m].numpy()
             expected = np.clip((x - mean) / std, -5, 5) * (x != 0).any(-1, keepdims=True)
             np.testing.assert_allclose(loaded[s][m], expected, atol=1e-4)
-    assert loaded["valid"]["text"].max() == 5 and not loaded["train"]["vision"][4, 2].any()
+    assert loaded["valid"]["text"].aminmax() == (-5, 5) and not loaded["train"]["vision"][4, 2].any()
     same(data.load("mosi", tmp_path, ("test",), stats=loaded["stats"])["test"], loaded["test"])
     with pytest.raises(DataError, match="The data has 6 features of text, the run was trained on 5"):
         data.load("mosi", tmp_path, stats=dict.fromkeys(STREAMS, (torch.zeros(5), torch.ones(5))))
+
+
+def test_a_feature_that_is_constant_but_for_rounding_is_divided_by_1_and_no_other(tmp_path):
+    x = np.where(np.arange(8)[:, None] % 2, [1, 1, 3e-9], [1 + 2 ** -23, 1 + 3 * 2 ** -23, 1e-9])
+    mean, std = load(tmp_path, every(vision=np.stack([x] * 5)), normalize=True)["stats"]["vision"]
+    assert mean.tolist() == pytest.approx([1, 1, 2e-9], rel=1e-5)
+    assert std.tolist() == pytest.approx([1, 3 * 2 ** -24, 1e-9], rel=1e-3)
 
 
 def test_simulated_text_is_standardised_as_text_and_has_masks_of_its_own(tmp_path):
@@ -496,24 +583,48 @@ def test_a_training_copy_is_never_empty_and_its_sets_are_those_of_the_streams_th
     assert not any(mask.any() for mask in lost.values())
 
 
+def test_masks_and_batches_of_a_seed_stay_what_they_are():
+    """Streams of different lengths, 10 clips without vision. Other masks would make other tables."""
+    generator = torch.Generator().manual_seed(7)
+    real = {m: torch.arange(t) < torch.randint(1, t + 1, (100, 1), generator=generator)
+            for m, t in zip(STREAMS, (12, 20, 9))}
+    real["vision"][:10] = False
+    conditions = (.05, "test"), (.1, "test"), (.25, "valid", 1), (.3, "train"), (1 / 3, "test", 1111)
+    masks = [*(data.evaluation_masks(real, *condition) for condition in conditions),
+             *(data.training_masks(real, generator, lacking) for lacking in ((), (), ["audio"]))]
+    assert [crc(*(present[m] for m in STREAMS)) for present in masks] == [
+        3268989052, 567036526, 643839977, 36068199, 3287557051, 480333817, 2120122442, 141142650]
+    groups = data.batches(real, 8, generator)
+    assert crc(*groups) == 747452907 and [len(group) for group in groups] == [8] * 9 + [4] + [8] * 3
+    assert set(data.realised(*[dict.fromkeys(STREAMS, real["vision"][:10])] * 2).values()) == {None}
+
+
+@pytest.mark.parametrize("lacking, answered, once", [
+    ([], "l a v la lv av lav", "l a v la lv av lav"), (["vision"], "l a la lav", "l a la"),
+    (["text", "audio"], "v lav", "v"), (list(STREAMS), "lav", "lav")])
+def test_sets_that_name_a_stream_which_the_data_lacks_are_not_answered(lacking, answered, once):
+    assert data.answerable(data.SETS, lacking) == answered.split() and data.distinct(data.SETS, lacking) == once.split()
+
+
 def test_batches_hold_every_clip_once_and_clips_of_similar_length():
     real, generator = some_real(500, 50), torch.Generator().manual_seed(0)
     first, second = data.batches(real, 32, generator), data.batches(real, 32, generator)
     assert all(torch.equal(torch.cat(groups).sort()[0], torch.arange(500)) for groups in (first, second))
-    n = real["text"].sum(1)
-    assert sum(int(n[group].max()) * len(group) for group in first) < .75 * 50 * 500     # at random: .97
-    both = {tuple(sorted(g.tolist())) for g in first} & {tuple(sorted(g.tolist())) for g in second}
-    assert len(both) < 4                                        # mixed anew, not only reordered
+    assert sum(real["text"][group].sum(1).max() * len(group) for group in first) < .75 * 50 * 500   # at random: .97
+    assert crc(*first) != crc(*second)
 
 
-def test_a_batch_is_cut_to_its_longest_clip_and_drops_what_the_training_masks_say(tmp_path):
-    split, index = load(tmp_path, every(simulated_text=lambda split: split["text"]))["train"], torch.tensor([2, 0])
+@pytest.mark.parametrize("lacking, frames, longest", [([], 8, 5), (["vision"], 8, 5), (["vision"], 9, 1)])
+def test_a_batch_is_cut_to_its_longest_clip_and_drops_what_the_training_masks_say(tmp_path, lacking, frames, longest):
+    made = every(simulated_text=lambda split: split["text"], **{m: np.zeros((5, frames, 3)) for m in lacking})
+    split, index = load(tmp_path, made)["train"], torch.tensor([2, 0])
     complete, missing, real = data.batch(split, index)
+    assert split["lacking"] == lacking and complete["vision"].shape[1] == longest
     assert missing is None and real["text"].dtype == torch.bool and complete["text"].shape == (2, 5, 6)
     assert torch.equal(complete["text"][1, :3], split["text"][0, :3])
     assert real["simulated_text"].tolist() == [[True] * 5, [True] * 3 + [False] * 2]
     complete, missing, real = data.batch(split, index, torch.Generator().manual_seed(1))
-    present = data.training_masks(real, torch.Generator().manual_seed(1))
+    present = data.training_masks(real, torch.Generator().manual_seed(1), lacking)
     assert list(missing) == list(STREAMS)
     for m in STREAMS:
         assert torch.equal(missing[m], torch.where(present[m][..., None], complete[m], torch.tensor(0.)))
@@ -521,14 +632,21 @@ def test_a_batch_is_cut_to_its_longest_clip_and_drops_what_the_training_masks_sa
 
 # ------------------------------------------------------------------------------------- the stand-in
 
-def test_the_stand_in_has_mosis_size_and_balance_and_stays_what_it_is():
-    made = {s: data.stand_in("mosi", s) for s in SPLITS}
-    assert [len(split["labels"]) for split in made.values()] == [1284, 229, 686]
-    assert abs((made["test"]["labels"] > 0).mean() - .40) < .05
-    y, sizes = made["train"]["labels"].ravel(), [np.abs(made["train"][m], dtype=np.float64).mean() for m in STREAMS]
-    assert abs(y.mean() - .23) < .1 and abs(y.std() - 1.51) < .1 and .02 < (y == 0).mean() < .06
-    assert y[:4].tolist() == pytest.approx([.2, 2.2, -3, 1.2])
-    assert sizes == pytest.approx([2.0615295, 2.2455682, 1.3678357], rel=1e-5)
+STAND_IN = {    # splits, checksums of their labels and of which frames are real, mean sizes of text, audio and vision
+    "mosi": (SPLITS, 1936247570, 930032496, 6.2622615, 6.7841872, 4.1310012),
+    "mosei": (["valid"], 3951076093, 2468569508, 2.9929695, 2.567616, 2.9681072),
+    "iemocap": (SPLITS, 1712227425, 1590262699, 12.451118, 11.938454, 15.619171),
+}
+
+
+@pytest.mark.parametrize("dataset", STAND_IN)
+def test_the_stand_in_stays_what_it_is(dataset):
+    splits, labels, frames, *sizes = STAND_IN[dataset]
+    made = [data.stand_in(dataset, s) for s in splits]
+    assert crc(*(np.rint(split["labels"] * 5).astype("i1") for split in made)) == labels
+    for m, size in zip(STREAMS, sizes):
+        assert crc(*(split[m].any(-1) for split in made)) == frames
+        assert sum(np.abs(split[m], dtype=np.float64).mean() for split in made) == pytest.approx(size, rel=1e-5)
 
 
 def test_the_written_stand_in_is_mults_layout_and_the_one_in_memory(tmp_path, capsys):
@@ -537,7 +655,7 @@ def test_the_written_stand_in_is_mults_layout_and_the_one_in_memory(tmp_path, ca
     assert data.main(command) == 0 and "SYNTHETIC" in capsys.readouterr().out
     raw = pickle.loads((tmp_path / "new" / "mosi_raw.pkl").read_bytes())
     for s in SPLITS:
-        assert {m: raw[s][m].shape[1:] for m in STREAMS} == {m: (50, d) for m, d in data.GLOVE.items()}
+        assert {m: raw[s][m].shape[1:] for m in STREAMS} == {m: (50, d) for m, d in PAPERS.items()}
         assert raw[s]["labels"].shape == (len(raw[s]["text"]), 1, 1)
         assert [part.decode("UTF-8") for part in raw[s]["id"][3]] == [f"{s}3", "0", "1"]
         assert not raw[s]["text"][:, 0].any(1).all() and raw[s]["text"][:, -1].any(1).all()       # padded in front
@@ -547,84 +665,161 @@ def test_the_written_stand_in_is_mults_layout_and_the_one_in_memory(tmp_path, ca
     assert data.main(command) == 2 and "exists already" in capsys.readouterr().err
 
 
-def test_check_says_what_a_file_is_and_goes_on_after_a_bad_one(tmp_path, monkeypatch, capsys):
+def test_check_says_what_a_file_is_and_what_the_programs_will_miss(tmp_path, capsys):
     made = every(more=UNALIGNED, id=content()["train"]["id"])
-    made["train"]["audio"][4, -1, 1], made["train"]["vision"][1] = -np.inf, 0
-    written(tmp_path, made)
-    for name in ("a.pkl", "._mosi.pkl"):
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "folder.pkl").mkdir()
-    locked = f"{tmp_path}/folder.pkl: Permission denied"
-    with monkeypatch.context() as patch:        # root may read every folder
-        patch.setattr(data, "files_below", lambda *arguments, whole=data.files_below: (whole(*arguments)[0], [locked]))
-        assert data.main(["check", str(tmp_path)]) == 1
-    out, error = capsys.readouterr()
-    assert error.splitlines()[0] == f"error: {locked}" and "a.pkl is refused: it is empty" in error.splitlines()[1]
-    for part in ("layout MulT", "SHA-256 " + data.sha256(tmp_path / "mosi_data.pkl"), "train: 5 clips",
-                 "(5, 12, 4) float32, 1 values of -inf read as 0", "mean 5.0, most 7", "clips of zeros alone: 1",
-                 "5 clips stand in both train and test", "test has 5 clips, mosi's standard split 686"):
+    made["train"]["vision"][1] = 0
+    path = written(tmp_path, made) / "mosi_data.pkl"
+    assert data.main(["check", str(path)]) == 0
+    out = capsys.readouterr().out
+    for part in ("labels as of mosi", "SHA-256 " + data.sha256(path), "train: 5 clips", "most 7",
+                 "(5, 12, 4); real frames: mean 5.0", "clips of zeros alone: 1", "5 clips stand in both train and test",
+                 "test has 5 clips, mosi's standard split 686"):
         assert part in out, (part, out)
+    assert "train.py" not in out
+    written(tmp_path, {"train": made["train"], "test": made["test"]})
+    assert data.main(["check", str(path)]) == 0
+    assert "no valid with labels: train.py refuses this file, eval.py takes it" in capsys.readouterr().out
+    for bad, said in ((tmp_path / "nothing.pkl", "does not exist"), (tmp_path, "is no regular file")):
+        assert data.main(["check", str(bad)]) == 2 and said in capsys.readouterr().err
 
 
-@posix
-@pytest.mark.parametrize("name", ["closed", "full", "left early"])
-def test_an_output_that_takes_nothing_costs_no_run(monkeypatch, name):
-    read, write = os.pipe()
-    os.close(read)
-    output = {"closed": lambda: None, "full": lambda: open("/dev/full", "w"), "left early": lambda: open(write, "w")}
-    monkeypatch.setattr(sys, "stdout", output[name]())
-    for _ in range(3):
-        data.say("line")
+@pytest.mark.parametrize("dataset", ["mosi", "iemocap"])
+def test_labels_of_one_class_are_refused_in_training_and_noted_elsewhere(tmp_path, dataset):
+    """Labels of 0 and 1 have no negative; an emotion may be lacking."""
+    def positive(split):
+        y = split["labels"].copy()
+        if dataset == "mosi":
+            return (y > 0).astype(np.float32)
+        y[:, 2] = (0, 1)
+        return y
+    name, more = data.FILES[dataset][0], {"n": 12, "emotions": dataset == "iemocap"}
+    with pytest.raises(DataError, match="one class alone: nothing can be learned. Sentiments are meant, in .-3, 3."):
+        load(tmp_path, every(["train"], more, labels=positive), dataset=dataset, name=name)
+    loaded = load(tmp_path, every(["valid", "test"], more, labels=positive), dataset=dataset, name=name)
+    text = "labels of one class alone in valid, test: its F1"
+    assert any(note.startswith(text) for note in loaded["source"]["notes"])
 
 
-def test_no_text_stops_the_printing_and_a_terminal_gets_no_commands(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    data.say("1\xb12 \ud800")
-    assert sys.stdout.buffer.getvalue() == rb"1\xb12 \ud800" + os.linesep.encode()
+def test_a_video_with_clips_in_two_splits_is_noted_but_not_of_the_standard_ones(tmp_path, monkeypatch):
+    for ids in ("v_x_{}", "v_x$_${}", "v_x/{}"):
+        made = {s: {**fields(seed=k), "id": [ids.format(5 * k + i) for i in range(5)]} for k, s in enumerate(SPLITS)}
+        notes = load(tmp_path, made)["source"]["notes"]
+        assert sum("1 videos stand in both" in note and note.endswith("v_x") for note in notes) == 3
+    for other in ("v{}", "Ses01_F{}", "_{}"):
+        made = {s: {**fields(seed=k), "id": [other.format(5 * k + i) for i in range(5)]} for k, s in enumerate(SPLITS)}
+        assert load(tmp_path, made)["source"]["notes"] == []
+    monkeypatch.setattr(data, "SIZES", {"mosi": (5, 5, 5)})
+    made = {s: {**fields(seed=k), "id": [f"v_x/{5 * k + i}" for i in range(5)]} for k, s in enumerate(SPLITS)}
+    assert load(tmp_path, made)["source"]["notes"] == []
+
+
+def test_statistics_that_are_asked_for_and_not_there_are_told(tmp_path):
+    with pytest.raises(DataError, match="by the training split, .* normalize=False for a run made with --no-normalize"):
+        load(tmp_path, content(), ("test",), normalize=True)
+    assert load(tmp_path, content(), ("test",))["stats"] is None
+
+
+def mfn(folder, sizes=(6, 4, 5)):
+    """MFN's files of MOSI, smaller: stream -> value of its columns, in a clip's last frames."""
+    h5py = pytest.importorskip("h5py")
+    folder.mkdir(exist_ok=True)
+    rng, truth = np.random.default_rng(0), {}
+    for s, n in zip(SPLITS, sizes):
+        x, y = rng.standard_normal((n, 20, 325)), rng.uniform(-3, 3, n)
+        x[:, :15], y[:2] = 0, (-1, 1)
+        truth[s] = x, y
+        for name, array in (("X", x), ("y", y)):
+            with h5py.File(folder / f"{name}_{s}.h5", "w") as file:
+                file["data"] = array
+    return truth
+
+
+def test_mfns_files_become_a_pickle_in_mults_layout(tmp_path, monkeypatch, capsys):
+    truth = mfn(tmp_path / "MFN")
+    monkeypatch.setattr(data, "SIZES", {**data.SIZES, "mosi": (6, 4, 5)})
+    command = ["convert", str(tmp_path / "MFN"), "--out", str(tmp_path / "data")]
+    assert data.main(command) == 0 and "mosi_data.pkl" in capsys.readouterr().out
+    raw = pickle.loads((tmp_path / "data/mosi_data.pkl").read_bytes())
+    for s, (x, y) in truth.items():
+        assert set(raw[s]) == {"text", "audio", "vision", "labels"} and raw[s]["labels"].shape == (len(y), 1, 1)
+        for m, columns in (("text", x[..., :300]), ("audio", x[..., 300:305]), ("vision", x[..., 305:])):
+            assert raw[s][m].dtype == np.float32
+            np.testing.assert_array_equal(raw[s][m], columns.astype(np.float32))
+        np.testing.assert_array_equal(raw[s]["labels"].ravel(), y.astype(np.float32))
+    loaded = data.load("mosi", tmp_path / "data")
+    assert loaded["dims"] == {"text": 300, "audio": 5, "vision": 20}
+    assert loaded["train"]["real"]["text"].sum(1).tolist() == [5] * 6
+    assert data.main(command) == 2 and "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, change, said", [
+    ("X_valid", lambda file: file.move("data", "features"), "X_valid.h5 holds features (4, 20, 325); MFN's file"),
+    ("y_test", lambda file: file.create_dataset("more", data=1), ""),
+    ("X_train", lambda file: (file.pop("data"), file.create_dataset("data", data=np.ones((6, 20, 300)))),
+     "X_train.h5 holds data (6, 20, 300)"),
+    ("y_train", lambda file: (file.pop("data"), file.create_dataset("data", data=np.ones(7))),
+     "holds data (7,); MFN's file of MOSI holds data (6,)"),
+    ("y_train", "remove", "y_train.h5 does not exist"), ("y_train", "damage", "y_train.h5 cannot be read")])
+def test_what_is_wrong_with_mfns_files_is_told(tmp_path, monkeypatch, capsys, name, change, said):
+    mfn(tmp_path)
+    import h5py
+    monkeypatch.setattr(data, "SIZES", {**data.SIZES, "mosi": (6, 4, 5)})
+    path = tmp_path / f"{name}.h5"
+    if callable(change):
+        with h5py.File(path, "a") as file:
+            change(file)
+    elif change == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(b"<html>")
+    code = data.main(["convert", str(tmp_path), "--out", str(tmp_path / "data")])
+    assert (code, (tmp_path / "data").exists()) == ((2, False) if said else (0, True))
+    assert said in capsys.readouterr().err
+
+
+def test_convert_without_h5py_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    assert data.main(["convert", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "pip install h5py" in capsys.readouterr().err
+
+
+def test_mfns_real_labels_are_those_of_the_standard_splits():
+    h5py, folder = pytest.importorskip("h5py"), ROOT.parent / "shared/data/mfn_mosi_labels"
+    if not folder.is_dir():
+        pytest.skip("../shared/data/mfn_mosi_labels is not there: MFN's label files are not read")
+    for s, n in zip(SPLITS, data.SIZES["mosi"]):
+        with h5py.File(folder / f"y_{s}.h5") as file:
+            y = file["data"][()]
+        assert y.shape == (n,) and y.dtype == np.float64 and abs(y).max() <= 3
+
+
+def test_a_files_own_text_gives_a_terminal_no_commands():
     assert data.printable("a\x1b]0;\ud800\u202e\n") == "a ]0;\\ud800  " and len(data.printable("x" * 1000)) < 120
     assert str(DataError("a\nb" * 1000)).isprintable() and len(str(DataError("a\nb" * 1000))) <= 600
 
 
-@posix
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path, link = tmp_path / "a", tmp_path / "link"
-    path.write_bytes(b"old")
-    link.symlink_to(path)
-    with pytest.raises(ZeroDivisionError), data.replacing(path) as file:
-        file.write(b"half")
-        1 / 0
-    assert path.read_bytes() == b"old" and len(os.listdir(tmp_path)) == 2
-    with data.replacing(link, named=True) as file:
-        file.write(b"new")
-    assert link.is_symlink() and path.read_bytes() == b"new" and len(os.listdir(tmp_path)) == 2
-
-
-@pytest.mark.parametrize("path, error, text", [
-    ("no/a", None, "No such"), ("full", OSError(28, "No space left on device"), "No space"), (".", None, "Is a dir")])
-def test_a_file_that_cannot_be_written_is_told_and_nothing_is_left(tmp_path, monkeypatch, path, error, text):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=f"cannot be written: {text}"), data.replacing(Path(path), named=True) as file:
-        file.write(b"x")
-        raise error
-    assert os.listdir() == []
-
-
-def test_a_link_that_lies_where_a_program_writes_of_itself_is_replaced_and_not_followed(tmp_path):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A link is replaced, not followed."""
     (tmp_path / "victim").write_bytes(b"mine")
-    (tmp_path / "results.json").symlink_to(tmp_path / "victim")
-    with data.replacing(tmp_path / "results.json") as file:
-        file.write(b"new")
-    assert (tmp_path / "victim").read_bytes() == b"mine"
-    assert (tmp_path / "results.json").read_bytes() == b"new" and not (tmp_path / "results.json").is_symlink()
+    (tmp_path / "a").symlink_to(tmp_path / "victim")
+    data.write(tmp_path / "a", b"new")
+    assert (tmp_path / "victim").read_bytes() == b"mine" and (tmp_path / "a").read_bytes() == b"new"
+    for path, error in ((tmp_path / "no/a", "No such"), (tmp_path, "Is a dir")):
+        with pytest.raises(DataError, match=f"cannot be written: {error}"):
+            data.write(path, b"x")
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(DataError, match="a cannot be written: No space left"):
+        data.write(tmp_path / "a", b"newer")
+    assert (tmp_path / "a").read_bytes() == b"new" and sorted(os.listdir(tmp_path)) == ["a", "victim"]
 
 
 # ------------------------------------------------------------------------------------- feature folders
 
-def test_feature_folders_are_read_clip_by_clip_in_natural_order_without_over_long_training_clips(tmp_path):
+def test_feature_folders_are_read_clip_by_clip_in_natural_order_without_over_long_training_clips(tmp_path, monkeypatch):
     """The frames of a clip lie in 0.npy ... 19.npy."""
     where, truth, corpus = feature_folders(tmp_path, longest=20)
-    assert data.load("mosei", normalize=False, **where)["source"]["max_frames"] == data.MAX_FRAMES
-    loaded = data.load("mosei", splits=SPLITS, normalize=False, max_frames=15, **where)
+    monkeypatch.setattr(data, "MAX_FRAMES", 15)
+    loaded = data.load("mosei", splits=SPLITS, normalize=False, **where)
     assert loaded["dims"] == FOLDERS and loaded["stats"] is None and not loaded["aligned"]
     short = [clip for clip in corpus["train_corpus"] if max(len(truth[m][clip]) for m in FOLDERS) <= 15]
     assert 5 < len(short) < 12 and loaded["source"]["sizes"] == [12, 6, 6]
@@ -642,22 +837,35 @@ def test_feature_folders_are_read_clip_by_clip_in_natural_order_without_over_lon
                 assert not complete[m][row, len(x):].any() and real[m][row].sum() == len(x)
 
 
-def test_a_changed_file_changes_the_fingerprint_and_nothing_else_does(tmp_path):
-    where, *_ = feature_folders(tmp_path, sizes=(3, 1, 1))
-    prints = [data.load("mosei", splits=s, normalize=False, **where)["source"]["sha256"] for s in (SPLITS, ("test",))]
-    os.utime(sorted(Path(where["features"]["audio"]).iterdir())[0], (1, 1))
-    source = data.load("mosei", splits=SPLITS, normalize=False, **where)["source"]
-    assert prints[0] == prints[1] != source["sha256"]
-    assert "fingerprint of names, sizes and times" in data.identity(source) and "SHA" not in data.identity(source)
+def test_training_clips_of_more_than_1500_frames_are_left_out(tmp_path):
+    where, _, corpus = feature_folders(tmp_path, sizes=(3, 1, 1))
+    facts, (valid,) = corpus["train_corpus"], corpus["val_corpus"]
+    first, second, third = facts
+    for clip, n in ((first, 1501), (second, 1500), (valid, 1501)):
+        np.save(Path(where["features"]["audio"]) / f"{clip}.npy", np.ones((n, 5)))
+    loaded = data.load("mosei", normalize=False, **where)
+    assert loaded["train"]["id"] == [second, third] and loaded["valid"]["id"] == [valid]
+    assert loaded["train"]["label"].tolist() == pytest.approx([facts[second]["val"], facts[third]["val"]])
 
 
-def test_a_stream_of_zeros_in_one_split_of_feature_folders_is_lacking(tmp_path):
-    where, truth, corpus = feature_folders(tmp_path, sizes=(3, 2, 2))
-    for clip in corpus["test_corpus"]:
-        np.save(Path(where["features"]["audio"]) / f"{clip}.npy", np.zeros((2, FOLDERS["audio"])))
-    loaded = [data.load("mosei", splits=(s,), normalize=False, **where) for s in SPLITS]
-    assert [each["lacking"] for each in loaded] == [[], [], ["audio"]]
-    assert any("test has no audio" in note for note in loaded[2]["source"]["notes"])
+def test_copied_feature_folders_are_the_same_data_and_other_frame_counts_or_labels_are_not(tmp_path):
+    """Whatever the files' times and whichever splits are asked for; a clip of train counts for a load of test."""
+    where, _, corpus = feature_folders(tmp_path / "a", sizes=(3, 1, 1))
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    copied = {"features": {m: folder.replace("/a/", "/b/") for m, folder in where["features"].items()},
+              "labels": tmp_path / "b" / where["labels"].name}
+    os.utime(next(Path(copied["features"]["audio"]).iterdir()), (1, 1))
+
+    def identity(which, splits=SPLITS):
+        return data.load("mosei", splits=splits, normalize=False, **which)["source"]["sha256"]
+    first = identity(where)
+    assert first == identity(copied) == identity(where, ("test",))
+    clip = next(iter(corpus["train_corpus"]))
+    np.save(Path(copied["features"]["audio"]) / f"{clip}.npy", np.ones((30, 5)))
+    assert identity(copied, ("test",)) != first
+    np.savez(where["labels"], **{k: np.array({c: {"val": 1 - f["val"] % 2} for c, f in v.items()}, dtype=object)
+                                 for k, v in corpus.items()})
+    assert identity(where, ("test",)) != first
 
 
 def labelled(where, clip, value=1.0):
@@ -667,7 +875,6 @@ def labelled(where, clip, value=1.0):
 
 WRONG = {       # what is said, and what is done to the folders; path is one file
     "no folder .* of .npy files": lambda where, path: path.unlink(),
-    "has . features a frame": lambda where, path: np.save(path, np.ones((3, 7))),
     "simulated_text has 6 features, text 8": lambda where, path: [
         np.save(text, np.zeros(8)) for text in Path(where["features"]["text"]).iterdir()],
     "is refused .ValueError.. It is no .npy": lambda where, path: np.save(path, np.array({"a": 1}, dtype=object)),
@@ -677,7 +884,7 @@ WRONG = {       # what is said, and what is done to the folders; path is one fil
     "with --labels FILE": lambda where, path: where.update(labels=None),
     "does not exist": lambda where, path: where.update(labels=Path("nowhere.npz")),
     "BadZipFile": lambda where, path: where["labels"].write_bytes(where["labels"].read_bytes()[:90]),
-    r"leaves the range \[-3, 3\]": lambda where, path: labelled(where, "a", 4.0),
+    r"leaves the range \[-3, 3\]": lambda where, path: labelled(where, "a", 3.01),
     "cannot be the name": lambda where, path: labelled(where, "../../a"),
     "asks for .*system": lambda where, path: labelled(where, "a", Call(os.system, ("touch GOTCHA",))),
     "File name too long": lambda where, path: labelled(where, "a" * 300),
@@ -696,8 +903,9 @@ def test_what_is_wrong_with_feature_folders_is_told_before_training(tmp_path, te
 
 
 @pytest.mark.parametrize("frame, text", [
-    (np.full(4, np.nan), "'vision' has values that are NaN"), (np.ones(5), "ValueError.. The clip's frames differ"),
-    (np.full(4, 1e300), "too large for float32"), (np.ones((2, 4)), "ValueError.. The clip's frames differ")])
+    (np.full(4, np.nan), "'vision' has values that are NaN"),
+    (np.ones(5), "ValueError.. Expected . frames of 4 features"),
+    (np.full(4, 1e300), "too large for float32"), (np.ones((2, 4)), "ValueError.. Expected . frames of 4 features")])
 def test_a_later_frame_that_is_wrong_is_told_with_its_clip(tmp_path, frame, text):
     where, truth, _ = feature_folders(tmp_path)
     split = data.load("mosei", splits=SPLITS, normalize=False, **where)["train"]

@@ -14,7 +14,8 @@ import data
 import double_flow
 import eval as evaluation
 import train
-from helpers import ROOT, equal, feature_arguments, history, learnable, parameters, run, run_main, written
+from helpers import (ROOT, equal, feature_arguments, feature_folders, history, learnable, parameters, run, run_main,
+                     written)
 
 
 QUICK = ("--epochs", "1", "--seeds", "1", "--device", "cpu")
@@ -49,6 +50,11 @@ def test_a_run_learns_and_leaves_what_the_help_says(trained):
     assert set(checkpoint) == {"run", "load", "stats", "linear", "epoch", "model"}
     for name in checkpoint:
         assert f"    {name} " in train.__doc__
+    model = corrkd.CorrKD(checkpoint["run"]["dims"], "polarity")
+    model.load_state_dict(checkpoint["model"])
+    split = data.load("mosi", trained / "data")["valid"]
+    for condition, cell in evaluation.evaluate(model, "polarity", split, data.SETS, "valid").items():
+        assert lines[2 + checkpoint["epoch"]]["valid"][condition] == {**cell, "F1": pytest.approx(cell["F1"])}
     config = json.loads((folder / "config.json").read_text())
     assert config["run"]["data"]["sha256"] == data.sha256(trained / "data" / "mosi_data.pkl")
     assert checkpoint["run"] == config["run"] == saved(trained)["run"]
@@ -92,26 +98,29 @@ def test_a_run_that_is_stopped_after_each_epoch_ends_as_if_never_stopped(tmp_pat
     assert equal(ours["best"]["weights"], whole["best"]["weights"])
 
 
-def test_a_finished_run_is_not_run_again_and_a_deleted_result_comes_back(trained, capsys):
-    folder = trained / "runs" / "mosi/corrkd/s1"
-    before = (folder / "last.pt").stat().st_mtime_ns
-    weights = parameters(trained)
-    (folder / "model.pt").unlink()
-    (folder / "log.jsonl").write_text("damaged")
+def test_a_finished_run_is_not_run_again(trained, capsys):
+    path = trained / "runs/mosi/corrkd/s1/last.pt"
+    before = path.stat().st_mtime_ns
     assert run(trained, epochs="3") == 0 and "finished already" in capsys.readouterr().out
-    assert len(history(trained)) == 6
-    assert (folder / "last.pt").stat().st_mtime_ns == before and equal(parameters(trained), weights)
+    assert path.stat().st_mtime_ns == before
 
 
-def test_a_result_deleted_before_the_last_epoch_comes_back(tmp_path, monkeypatch):
-    """Though no later epoch is better."""
+def test_a_run_that_goes_on_elsewhere_says_so(tmp_path, monkeypatch, capsys):
+    """One line for another device, thread count or torch; none for the same ones."""
     written(tmp_path / "data", learnable(n=12))
     with monkeypatch.context() as patch:
         patch.setattr(train, "loss_text", lambda losses: signal.raise_signal(signal.SIGINT))     # behind an epoch
         assert run(tmp_path, method="umdf") == 130
-    (tmp_path / "runs/mosi/umdf/s1/model.pt").unlink()
-    monkeypatch.setattr(train, "score", lambda valid: -1e9)
-    assert run(tmp_path, method="umdf") == 0 and saved(tmp_path, "model.pt", "mosi/umdf/s1")["epoch"] == 1
+    folder, device = tmp_path / "runs/mosi/umdf/s1", torch.device("cpu")
+    train.tell_of_another_machine(folder, device)
+    assert "note: this run began" not in capsys.readouterr().out
+    config = json.loads((folder / "config.json").read_text())
+    for change in ({"device": "x86_64, 64 threads"}, {"versions": {**config["versions"], "torch": "1.0"}}):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        train.tell_of_another_machine(folder, device)
+        line, = capsys.readouterr().out.splitlines()
+        assert "began on" in line and ("64 threads" in line or "torch 1.0" in line) and "differ a little" in line
+    assert run(tmp_path, method="umdf") == 0 and "began on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change, entry", [(("--lr", "0.1"), "lr"), (("--limit", "20"), "limit"),
@@ -122,8 +131,7 @@ def test_another_configuration_in_a_runs_folder_is_refused(trained, capsys, chan
     assert f"another configuration (it differs in {entry}" in error and len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize("change", [{"best": None}, {"best": {}}, {"stage": 7}, {"stage": -1}, {"history": None},
-                                    {"model": {}}, {"optimizer": {}}, {"epoch": 1.5}])
+@pytest.mark.parametrize("change", [{"model": {}}, {"optimizer": {}}])
 def test_a_last_pt_that_does_not_fit_its_run_is_told(tmp_path, monkeypatch, capsys, change):
     written(tmp_path / "data", learnable(n=12))
     save, first = train.save, []
@@ -151,9 +159,12 @@ def test_starting_over_replaces_a_run_once_its_first_epoch_is_there(tmp_path, mo
         patch.setattr(train, "train_epoch", lambda *arguments: signal.raise_signal(signal.SIGINT))
         assert run(tmp_path, "--no-resume", epochs="1") == 130
     assert all(path.read_bytes() == content for path, content in before.items())
-    (tmp_path / "runs/mosi/corrkd/s1/folder.tmp").mkdir()       # a user's own: left alone
+    folder = tmp_path / "runs/mosi/corrkd/s1"
+    for name in (stale := ("results.json", "predictions.csv")):
+        (folder / name).write_text("of the earlier run")
     assert run(tmp_path, "--no-resume", epochs="1") == 0
     assert [line["stage"] for line in history(tmp_path)] == ["teacher", "student"]
+    assert not any((folder / name).exists() for name in stale)
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
@@ -175,6 +186,46 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, caps
 
 # ------------------------------------------------------------------------------------- how it trains and chooses
 
+def test_what_a_run_begins_with_and_follows(tmp_path, monkeypatch, capsys):
+    """Seven epochs that train nothing but a first step without a loss, by which Adam's weight decay, a part of the
+    gradient, moves a weight by about the rate. Of the first 8 clips of each split, the folder named from within."""
+    written(tmp_path / "data", learnable())
+    monkeypatch.chdir(tmp_path)
+    begun, rates = [], []
+
+    def epoch(model, optimizer, split, index, *more):
+        group, = optimizer.param_groups
+        rates.append(group["lr"])
+        assert len(split["label"]) == len(index) == 8
+        if len(rates) % 7 == 1:
+            begun.append(torch.nn.utils.parameters_to_vector(group["params"]).detach())
+            sum(p.sum() * 0 for p in group["params"]).backward()
+            optimizer.step()
+            moved = torch.nn.utils.parameters_to_vector(group["params"]) - begun[-1]
+            assert moved.abs().mean().item() == pytest.approx(rates[-1], rel=.2)
+        return {"total": 1.25}
+    monkeypatch.setattr(train, "train_epoch", epoch)
+    flags = ("--method", "double_flow", "--dataset", "mosi", "--data-dir", "data", "--limit", "8", "--lr", "0.01",
+             "--epochs", "7", "--device", "cpu", "--seeds", "5")
+    assert run_main(*flags, "6") == run_main(*flags, "--out", "again/runs", "--no-normalize") == 0
+    assert torch.equal(begun[0], begun[2]) and not torch.equal(begun[0], begun[1])
+    assert rates == 3 * [pytest.approx(.01 * factor) for factor in (.2, .4, .6, .8, 1, 1, 1)]
+    best, raw = (saved(top, "model.pt", "mosi/double_flow/s5") for top in (tmp_path, tmp_path / "again"))
+    assert best["run"]["constant"] == pytest.approx(sorted(learnable()["train"]["labels"][:8].ravel())[3])
+    assert best["stats"] and raw["stats"] is None and raw["run"]["normalize"] is False and raw["run"]["limit"] == 8
+    valid, said = history(tmp_path, "mosi/double_flow/s5")[0]["valid"], capsys.readouterr().out
+    mean = sum(cell["MAE"] for cell in valid.values()) / len(valid)
+    assert f"total 1.250  valid, mean of {len(valid)} sets: MAE {mean:.4f}, the best" in said and valid["av"]["n"] == 8
+    assert "clips: 8 for training, 8 for validation; widths text 6 audio 4 vision 3" in said
+    monkeypatch.chdir("runs")
+    assert evaluation.main([".", "--no-rates"]) == 0
+
+
+def test_no_test_but_those_of_cuda_sees_another_device():
+    assert torch.cuda.is_available.__module__ == torch.backends.mps.is_available.__module__ == "conftest"
+    assert evaluation.device_named("auto").type == "cpu" and os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
 def test_a_run_repeats_bit_for_bit_and_the_test_split_has_no_say(trained, tmp_path):
     made = learnable()
     made["test"]["labels"] = -made["test"]["labels"][::-1].copy()
@@ -189,6 +240,10 @@ def test_dropout_and_masks_are_drawn_from_two_streams_of_random_numbers():
     generator = train.seed_epoch(1111, 1, 0)
     dropout, masks = torch.rand(8), torch.rand(8, generator=generator)
     assert not torch.isclose(dropout, masks).any()
+    for place in ((1112, 1, 0), (1111, 2, 0), (1111, 1, 1)):        # each of the three counts, for both streams
+        generator = train.seed_epoch(*place)
+        assert not torch.isclose(torch.rand(8), dropout).any()
+        assert not torch.isclose(torch.rand(8, generator=generator), masks).any()
     train.seed_epoch(1111, 1, 0)
     assert torch.equal(torch.rand(8), dropout)
 
@@ -218,6 +273,8 @@ def test_a_stage_ends_with_the_epoch_that_is_best_on_validation(tmp_path, monkey
         source = ends[best - 1] if name.startswith("teacher") else ends[count + best - 1]
         assert torch.equal(value, source[name]), name
     assert equal(final["model"], last["model"]) == (best == count)
+    so_far = [1 + scores.index(max(scores[:k])) for k in range(1, count + 1)]
+    assert [line["best"] for line in history(tmp_path)] == 2 * so_far
 
 
 def test_an_epochs_mean_counts_clips_and_the_gradient_is_clipped(tmp_path, monkeypatch):
@@ -246,12 +303,16 @@ def test_an_epochs_mean_counts_clips_and_the_gradient_is_clipped(tmp_path, monke
 
 
 def test_a_step_gets_the_teachers_outputs_of_its_own_clips_and_trains_with_dropout(tmp_path, monkeypatch):
-    """40 clips in batches of 16, two epochs of two stages: the second epoch follows an evaluation."""
-    written(tmp_path / "data", learnable())
+    """39 clips in batches of 16, two epochs of two stages: the second epoch follows an evaluation. The target too is
+    the clip's own, which its text tells; a clip of sentiment 0 is left out."""
+    made = learnable()
+    made["train"]["labels"][3] = 0
+    written(tmp_path / "data", made)
     losses, training, given = corrkd.CorrKD.losses, [], []
 
     def watched(self, complete, missing, target, real, teacher):
         training.append(self.network.training)
+        assert torch.equal(target, (complete["text"][:, 0, 0] > 0).long())
         if teacher is not None:
             given.append(teacher)
             torch.testing.assert_close(tuple(teacher), self.teacher_outputs(complete, real), rtol=1e-5, atol=1e-5)
@@ -311,8 +372,8 @@ def test_all_are_the_full_method_and_every_ablation_which_train(tmp_path, method
 @pytest.mark.parametrize("method", evaluation.METHODS)
 @pytest.mark.parametrize("dataset", data.SIZES)
 def test_all_nine_pairs_of_method_and_data_set_take_their_own_settings(tmp_path, method, dataset, capsys):
-    """On a split of one clip, in a folder whose name has a space: the printed command quotes it."""
-    made = learnable(n=1, emotions=dataset == "iemocap")
+    """On few clips, in a folder whose name has a space: the printed command quotes it."""
+    made = learnable(n=12, emotions=dataset == "iemocap")
     written(tmp_path / "my data", made, data.FILES[dataset][0])
     assert run_main("--method", method, "--dataset", dataset, "--data-dir", tmp_path / "my data",
                     "--out", tmp_path / "my runs", *QUICK) == 0
@@ -335,6 +396,23 @@ def test_a_validation_split_of_one_class_and_a_stream_that_one_split_lacks(tmp_p
     assert set(history(tmp_path)[-1]["valid"]) == {"l", "a", "la"}      # {l,a,v} is {l,a}, which counts once
 
 
+def test_settings_are_a_run_each_which_is_compared_with_the_full_method(tmp_path, capsys):
+    """Read by the type of the field, in a folder of their own; a flag for all runs gives way."""
+    written(tmp_path / "data", learnable(n=12))
+    settings = ["margin=1.0", "layers=1,dropout=0.2,scd_raw=True,epochs=2"]
+    assert run(tmp_path, epochs="1") == 0 and run(tmp_path, "--ablate", *settings, epochs="1") == 0
+    folders = [str(tmp_path / "runs/mosi" / name) for name in ("corrkd", *(f"corrkd-{s}" for s in settings))]
+    assert f"python eval.py {shlex.join(folders)}" in capsys.readouterr().out
+    config, first, second = (saved(tmp_path, "model.pt", f"mosi/corrkd{name}/s1")["run"]["config"]
+                             for name in ("", *(f"-{s}" for s in settings)))
+    assert first == {**config, "margin": 1.0}
+    assert second == {**config, "layers": 1, "dropout": .2, "scd_raw": True, "epochs": 2}
+    assert evaluation.main([*folders, "--no-rates", "--csv", str(tmp_path / "t.csv")]) == 0
+    with open(tmp_path / "t.csv") as file:
+        names = {row["name"] for row in csv.DictReader(file) if row["kind"] == "paired"}
+    assert {f"corrkd {s} - corrkd" for s in settings} <= names
+
+
 @pytest.mark.parametrize("method", evaluation.METHODS)
 def test_a_deterministic_run_is_the_same_on_a_cpu(tmp_path, method, monkeypatch):
     """The strict mode refuses operations that have no repeatable form, and changes no number here."""
@@ -353,11 +431,9 @@ def test_a_deterministic_run_is_the_same_on_a_cpu(tmp_path, method, monkeypatch)
 
 
 def test_a_run_folder_of_a_published_checkpoint_holds_its_weights(tmp_path, capsys):
-    """And a run on the same features with another limit of frames is another run."""
     base = ["--method", "double_flow", "--out", tmp_path / "runs", *feature_arguments(tmp_path)]
     no_mia = [*base, "--ablate", "no_mia", "--batch-size", "8", *QUICK]
-    assert run_main(*no_mia) == 0 and run_main(*no_mia, "--max-frames", "5") == 2
-    assert "another configuration (it differs in max_frames)" in capsys.readouterr().err
+    assert run_main(*no_mia) == 0
     best = saved(tmp_path, "model.pt", "mosei/double_flow-no_mia/s1")
     model = double_flow.DoubleFlow(best["run"]["dims"], "regression", double_flow.Config(mia="off"))
     model.load_state_dict(best["model"])
@@ -369,7 +445,21 @@ def test_a_run_folder_of_a_published_checkpoint_holds_its_weights(tmp_path, caps
     assert run_main(*base, "--device", "cpu", "--official", tmp_path / "published.pth") == 0
     adopted = saved(tmp_path, "model.pt", "mosei/double_flow/sofficial")
     assert equal(adopted["model"], best["model"]) and adopted["run"]["config"]["mia"] == "off"
+    assert adopted["stats"] is adopted["linear"] is adopted["epoch"] is None
     assert adopted["run"]["normalize"] is False and adopted["load"]["features"] == best["load"]["features"]
+
+
+def test_the_authors_own_folder_names_work_as_typed(tmp_path):
+    made, *_ = feature_folders(tmp_path)
+    names = {"vision": "manet_FRA", "text": "vicuna-7b-v1.5-FRA-wavlm2vicuna-half-gt", "audio": "wavlm-large-FRA_-5",
+             "simulated_text": "vicuna-7b-v1.5-FRA-wavlm2vicuna-half-wav+prompt[take_generate_wordembed_-4]"}
+    folders = []
+    for m, name in names.items():
+        os.rename(made["features"][m], tmp_path / name)
+        folders.append(f"{m}={tmp_path / name}")
+    command = ["--method", "double_flow", "--dataset", "mosei", "--features", *folders, "--labels", made["labels"]]
+    assert run_main(*command, "--out", tmp_path / "runs", "--batch-size", "8", *QUICK) == 0
+    assert evaluation.main([str(tmp_path / "runs"), "--no-rates", "--split", "valid"]) == 0
 
 
 @pytest.mark.parametrize("content, sentence", [({"state_dict": {"x": torch.zeros(1)}}, "is missing"),
@@ -389,14 +479,14 @@ def test_what_is_no_published_checkpoint_is_told(tmp_path, capsys, content, sent
 # ------------------------------------------------------------------------------------- mistakes
 
 def test_what_is_not_finite_stops_the_run_and_is_named(tmp_path, monkeypatch, capsys):
-    """Answers behind finite losses, with the epoch and the condition; a loss term, with the step."""
+    """Answers behind finite losses, with the condition; a loss term, with the step."""
     written(tmp_path / "data", learnable(n=8))
     assert run(tmp_path, "--lr", "1e30", method="umdf", epochs="1") == 2
     whole = corrkd.sample_contrastive
     monkeypatch.setattr(corrkd, "sample_contrastive", lambda *arguments: whole(*arguments) * float("nan"))
     assert run(tmp_path, epochs="1") == 2
     answers, loss = capsys.readouterr().err.splitlines()
-    assert re.search(r"train 1/1: .* condition l are not finite.*lower --lr", answers)
+    assert re.search(r"condition l are not finite.*lower --lr", answers)
     assert "student 1/1, step 1: the loss term 'scd' is not finite" in loss
 
 
@@ -409,22 +499,23 @@ MISTAKES = {
     "unknown beside all": (["--synthetic", "--ablate", "all", "nothing"], "nothing: corrkd has no_scd"),
     "no such device": (["--synthetic", "--device", "cuda:77"], "has no such device"),
     "no device at all": (["--synthetic", "--device", "meta"], "has no such device"),
-    "zero epochs": (["--synthetic", "--epochs", "0"], "--epochs must be greater than 0"),
+    "zero epochs": (["--synthetic", "--epochs", "0"], "--epochs: 0 is not between 1"),
     "out is a file": (["--synthetic", "--limit", "40", "--out", "bad.pkl"], "bad.pkl"),
-    "two sources": (["--synthetic", "--data-dir", "data"], "--synthetic and --data-dir exclude each other"),
+    "two sources": (["--synthetic", "--data-dir", "data"], "--data-dir: not allowed with argument --synthetic"),
     "features alone": (["--features", "text=a"], "--features and --labels belong together"),
     "labels alone": (["--labels", "x.npz"], "--features and --labels belong together"),
-    "frames alone": (["--synthetic", "--max-frames", "9"], "--max-frames belongs to --features"),
     "no such stream": (["--features", "texts=a", "--labels", "x"], "is not NAME=DIR"),
     "a stream twice": (["--features", "audio=a", "audio=b", "--labels", "x"], "names a stream twice"),
-    "features and pickle": (["--features", "text=a", "--labels", "x", "--data-dir", "d"], "exclude each other"),
-    "features as they are": (["--features", "text=a", "--labels", "x", "--no-normalize"], "exclude each other"),
+    "features and pickle": (["--features", "text=a", "--labels", "x", "--data-dir", "d"], "not allowed with"),
     "streams lack": (["--features", "text=a", "--labels", "x"], "lacks audio, vision"),
     "official for another": (["--official", "x", "--features", "text=a", "--labels", "x"], "--official is for"),
 }
-for flag in ("--ablate=no_mia", "--seeds=1", "--epochs=2", "--no-resume"):
-    sentence = f"--official and {flag.split('=')[0]} exclude each other"
-    MISTAKES[f"official and {flag}"] = ["--official", "x", flag], sentence
+for flag, text in zip(("--limit", "--batch-size", "--lr", "--seeds"), ("0", "-1", "nan", str(2 ** 63))):
+    MISTAKES[f"{flag} {text}"] = ["--synthetic", flag, text], f"{flag}: {text} is not between"
+for setting, said in (("margins=1", "margin float"), ("margin=wide", "margin float"), ("layers=2.5", "layers int"),
+                      ("layers=0", "layers int"), ("lr=-1", "lr float"), ("aligned=False", "settings NAME=VALUE"),
+                      ("scd_raw=1", "scd_raw bool"), ("heads=7", "no multiple of"), ("dropout=3", "dropout")):
+    MISTAKES[f"setting {setting}"] = ["--synthetic", "--limit", "40", "--ablate", setting], said
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -452,6 +543,7 @@ def test_every_command_of_the_readme_is_understood():
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"python ((?:train|eval)\.py (?!-h)[^`\n|#&]*)", text)
     assert len(commands) > 6
+    assert train.parse(["--method", "umdf", "--dataset", "mosi"]).seeds == [1111, 1112, 1113, 1114, 1115]
     for command in commands:
         name, *words = shlex.split(command)
         if words[-1] == "--seeds":                  # xargs adds the seed
@@ -465,7 +557,7 @@ def test_the_readmes_script_answers_as_the_programs_do(tmp_path, monkeypatch):
     written(tmp_path / "data", {**learnable(n=20), "SYNTHETIC": "made up"})
     written(tmp_path, learnable(n=20), "mine.pkl")
     assert run_main("--method", "corrkd", "--dataset", "mosi", "--epochs", "1", "--seeds", "1111") == 0
-    assert evaluation.main(["runs/mosi-synthetic/corrkd", "--data-dir", "mine.pkl", "--rates", "--device", "cpu"]) == 0
+    assert evaluation.main(["runs/mosi-synthetic/corrkd", "--data-dir", "mine.pkl", "--no-rates"]) == 0
     readme = (ROOT / "README.md").read_text()
     script = readme.split("```python\n")[2].split("```")[0]
     names = {}

@@ -1,0 +1,157 @@
+"""The printed tables: their form, what stands beside print, and the intervals of differences."""
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import corrkd
+import data
+import eval as evaluation
+from helpers import learnable, run, written
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """CorrKD and two of its ablations, one of them settings, two seeds of one epoch."""
+    folder = tmp_path_factory.mktemp("tables")
+    written(folder / "data", learnable(n=24))
+    assert run(folder, "--ablate", "", "no_distillation", "margin=1.0,dropout=0.2", seeds=("1", "2"), epochs="1") == 0
+    return folder
+
+
+def printed(capsys, *arguments):
+    capsys.readouterr()
+    assert evaluation.main([str(a) for a in arguments]) == 0
+    return capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------- form
+
+def test_a_table_fits_on_a_screen_with_all_ablations_and_five_seeds(trained, monkeypatch, capsys):
+    """Made-up numbers of the most digits, on both metrics that have tables of their own."""
+    rates, names = list(data.RATES), ["umdf", *(f"umdf {name}" for name in evaluation.METHODS["umdf"].ABLATIONS)]
+    rng = np.random.default_rng(0)
+    for metric in ("F1", "MAE"):
+        numbers = 10 * rng.normal(size=(5, len(evaluation.columns(rates)))) + (50 if metric == "F1" else 0)
+        rows = [evaluation.row_of(metric, "ours", name, "", numbers) for name in names]
+        rows += [evaluation.row_of(metric, "paired", name, against, -numbers / 10) for name in names
+                 for against in ("umdf", "linear")]
+        for against in ("", "umdf", "linear"):
+            those = [row._replace(low=numbers[0] * 0 + 1) for row in rows if row.against == against]
+            evaluation.show_table("title", those, evaluation.TITLES, rates)
+            evaluation.show_table("title", those, {str(p): str(p) for p in rates[::2]} | {"area": "area"}, rates)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100 and any("complete_to_" in line for line in lines)
+    out = printed(capsys, trained / "runs")
+    assert all(len(line) <= 100 for line in out.splitlines() if line.startswith("|"))
+    assert "| corrkd " in out and "margin=1.0,dropout=0.2" in out and "| 0.0 |" not in out.splitlines()[0]
+
+
+def test_a_star_stands_where_the_interval_leaves_out_0():
+    row = evaluation.row_of("F1", "paired", "x", "linear", np.array([[1.234, -2.0, np.nan], [1.234, -3.0, np.nan]]))
+    row = row._replace(low=np.array([.1, -4.0, np.nan]), high=np.array([2.0, .1, np.nan]))
+    assert [evaluation.cell(row, i) for i in range(3)] == [("+1.23*", "±0.00"), ("-2.50", "±0.71"), ("-", "")]
+    mae = evaluation.row_of("MAE", "ours", "x", "", np.array([[1.23456]]))
+    assert evaluation.cell(mae, 0) == ("1.2346", "")
+
+
+def test_the_legend_explains_what_stands_in_the_tables_and_nothing_else(trained, capsys):
+    out = printed(capsys, trained / "runs", "--no-rates")
+    for absent in ("area", "At 1.0", "MAE", "has0", "emotion", "median", "videos and seeds"):
+        assert absent not in out
+    for present in ("takes clips as independent", "commoner in training", "1000 draws of clips and seeds"):
+        assert present in out
+    last = out.splitlines()[-1]
+    assert "results.json" in last and "predictions.csv" in last and str(trained / "runs/mosi/corrkd") in last
+    out = printed(capsys, trained / "runs/mosi/corrkd/s1", "--rates", "0", "1")
+    assert "area is" in out and "At 1.0" in out
+
+
+def test_results_are_json_that_strict_readers_take(trained, monkeypatch, capsys):
+    """A metric without a value is null."""
+    monkeypatch.setattr(evaluation, "accuracy", lambda truth, answer: float("nan"))
+    printed(capsys, trained / "runs/mosi/corrkd/s2", "--no-rates")
+
+    def refuse(word):
+        raise ValueError(word)
+    content = json.loads((trained / "runs/mosi/corrkd/s2/results.json").read_text(), parse_constant=refuse)
+    assert content["conditions"]["l"]["Acc-2"] is None and content["dataset"] == "mosi"
+
+
+# ------------------------------------------------------------------------------------- intervals
+
+def made_up(task, truth, answers_of, seed, units=None):
+    """What evaluate_run hands to the tables, of these answers to one condition."""
+    metrics = {c: evaluation.metrics(task, answer, truth) for c, answer in answers_of.items()}
+    clips = {"truth": truth, "index": np.arange(len(truth)), "conditions": answers_of,
+             "units": np.arange(len(truth)) if units is None else units}
+    return {"run": {"seed": seed, "task": task}, "conditions": metrics, "clips": clips}
+
+
+@pytest.mark.parametrize("task, metric", [("polarity", "F1"), ("regression", "F1"), ("regression", "MAE"),
+                                          ("emotions", "F1 sad")])
+def test_a_draw_of_clips_has_the_metric_of_the_clips_that_it_repeats(task, metric):
+    rng = np.random.default_rng(2)
+    shape = (40, 4) if task == "emotions" else 40
+    truth, answer = (rng.integers(0, 2, shape) for _ in range(2))
+    if task == "regression":
+        truth, answer = rng.integers(-3, 4, 40).astype(float), rng.normal(size=40)
+    weights = evaluation.draw_weights(np.arange(40))[:20]
+    drawn = evaluation.drawn_metric(metric, task, answer, truth, weights)
+    for number, counts in zip(drawn, weights.astype(int)):
+        again = evaluation.metrics(task, np.repeat(answer, counts, 0), np.repeat(truth, counts, 0))
+        assert number == pytest.approx(again[metric])
+
+
+def test_an_interval_is_that_of_a_plain_loop_over_draws_of_clips_and_seeds():
+    """Both sides of a difference get the same clips; videos are drawn whole."""
+    rng, units = np.random.default_rng(3), np.arange(30) // 3
+    truth = rng.normal(size=30)
+    ours, theirs = ([made_up("regression", truth, {c: truth + rng.normal(size=30) for c in "la"}, seed, units)
+                     for seed in range(3)] for _ in range(2))
+    row = evaluation.paired("MAE", "x", "y", ours, theirs, "conditions", [], evaluation.draw_weights(units))
+    draw, means = np.random.default_rng(9), []
+    for _ in range(4000):
+        clips = np.concatenate([3 * video + np.arange(3) for video in draw.integers(0, 10, 10)])
+        seeds = draw.integers(0, 3, 3)
+        errors = [[abs(side[seed]["clips"]["conditions"][c] - truth)[clips].mean() for seed in seeds for c in "la"]
+                  for side in (ours, theirs)]
+        means.append(np.mean(errors[0]) - np.mean(errors[1]))
+    average = evaluation.columns([]).index("avg")
+    assert (row.low[average], row.high[average]) == pytest.approx(np.percentile(means, (2.5, 97.5)), abs=.03)
+
+
+def test_an_interval_holds_the_true_difference_about_nineteen_times_in_twenty(monkeypatch):
+    """Two predictors, 40 seeds of each, on 3,000 clips of which some are hard for all seeds; 150 times 5 seeds and 100
+    clips are seen. An interval over seeds alone holds the difference far less often."""
+    monkeypatch.setattr(evaluation, "DRAWS", 300)
+    rng = np.random.default_rng(4)
+    truth, answers_of = rng.integers(0, 2, 3000), []
+    for shift in (.55, .4):
+        skill = rng.normal(size=3000) + .3 * rng.normal(size=(40, 3000)) + .05 * rng.normal(size=(40, 1)) + shift
+        answers_of.append(np.where(skill > 0, truth, 1 - truth))
+
+    def row(clips, seeds):
+        sides = [[made_up("polarity", truth[clips], {"l": answers[seed, clips]}, seed) for seed in seeds]
+                 for answers in answers_of]
+        weights = evaluation.draw_weights(np.arange(len(clips)))
+        return evaluation.paired("F1", "x", "y", *sides, "conditions", [], weights)
+    whole, held, by_seeds = row(np.arange(3000), range(40)).mean[0], 0, 0
+    for _ in range(150):
+        one = row(rng.choice(3000, 100, replace=False), rng.choice(40, 5, replace=False))
+        held += one.low[0] <= whole <= one.high[0]
+        by_seeds += abs(one.mean[0] - whole) <= 2.776 * one.std[0] / 5 ** .5
+    assert 135 <= held <= 149 and by_seeds < 110
+
+
+def test_whole_videos_are_drawn_where_the_ids_tell_enough_of_them():
+    ids = [f"video_{i // 3}_{i}" for i in range(3 * evaluation.VIDEOS)]
+    units = evaluation.units(ids, 60)
+    assert len(set(units)) == 20 and all(units[i] == units[i - i % 3] for i in range(60))
+    for few in (ids[3:], ["clip"] + ids, []):
+        assert evaluation.units(few, 60).tolist() == list(range(60))
+    weights = evaluation.draw_weights(units)
+    assert (weights[:, 0] == weights[:, 1]).all() and (weights[:, 0] != weights[:, 3]).any()
+    assert weights.sum(1).tolist() == [60] * evaluation.DRAWS
