@@ -83,9 +83,10 @@ def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "v
 
     stats: an earlier load's, in the place of the training split's own. limit: only the first clips of each split.
     features (stream -> folder) and labels: clips are read batch by batch, as they are, so normalize must be off.
-    across: a file of the other one of mosi and mosei will do. Of the three splits the file needs only these (None:
-    those that it has); where train is asked for, train and valid must have labels. Memory peaks at the file plus the
-    float32 size of the features asked for (pickles of protocol 3 and later). DataError for whatever is wrong.
+    across: a file of the other one of mosi and mosei will do. Of the three splits a pickle needs only these (None:
+    those that it has), feature folders need all; where train is asked for, train and valid must have labels. Memory
+    peaks at the file plus the float32 size of the features asked for (pickles of protocol 3 and later). DataError for
+    whatever is wrong.
     """
     if features and (normalize or dataset == "iemocap" or labels is None):
         raise DataError("--features is for --dataset mosi or mosei, with --labels FILE, Double-Flow's "
@@ -96,28 +97,23 @@ def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "v
     if features:
         result, source = load_folders(features, Path(labels), splits, limit)
     else:
-        if synthetic:
-            source = {"file": SYNTHETIC, "sha256": None, "synthetic": True, "sizes": list(SIZES[dataset]), "notes": []}
-        else:
-            dataset, content, source = load_pickle(dataset, data_dir, splits, across)
-            splits = list(content)
-        result = {}
-        for s in splits:
-            fields = stand_in(dataset, s) if synthetic else content.pop(s)
-            need_labels = s == "train" or s == "valid" and "train" in splits
-            result[s] = tensors(fields, dataset, f"{source['file']}, split {s}", limit, need_labels)
+        dataset, result, source = load_arrays(dataset, data_dir, splits, synthetic, limit, across)
     dims = widths(result, source["file"])
-    source["notes"] += content_notes(dataset, result, source["file"])
     aligned = not features and all(is_aligned(split) for split in result.values())
-    if not aligned and not features:
+    source["notes"] += content_notes(dataset, result, source["file"])
+    if not aligned:
         source["notes"].append("the streams are not aligned")
     if normalize and stats is None:
+        if "train" not in result:
+            raise DataError(f"{source['file']} has no train to standardise by: give stats, or normalize=False.")
         stats = statistics(result["train"])
     for split in result.values():
         if normalize:
             standardize(split, stats)
-        for name in (*streams(split), "label"):
-            split[name] = split[name] if split[name] is None else split[name].to(device)
+        for m in streams(split):
+            split[m] = split[m].to(device)
+        if split["label"] is not None:
+            split["label"] = split["label"].to(device)
     lacking = set().union(*(split["lacking"] for split in result.values()))
     return {
         **result, "dataset": dataset, "dims": dims, "aligned": aligned,
@@ -126,30 +122,42 @@ def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "v
     }
 
 
+def load_arrays(dataset, data_dir, splits, synthetic: bool, limit: int | None, across: bool) -> tuple[str, dict, dict]:
+    """The data set's name, the splits as tensors and their source, of a pickle or of the stand-in; as `load` says."""
+    if synthetic:
+        source = {"file": SYNTHETIC, "sha256": None, "synthetic": True, "sizes": list(SIZES[dataset]), "notes": []}
+    else:
+        dataset, content, source = load_pickle(dataset, data_dir, splits, across)
+        splits = splits or list(content)
+    result = {}
+    for s in splits:
+        where = f"{source['file']}, split {s}"
+        fields = stand_in(dataset, s) if synthetic else content.pop(s)
+        with reading(where, "Download it again."):
+            result[s] = tensors(fields, dataset, where, limit, need_labels=s != "test" and "train" in splits)
+    return dataset, result, source
+
+
 def load_pickle(dataset: str | None, data_dir, splits, across: bool) -> tuple[str, dict, dict]:
     """The data set's name, split -> fields of the asked splits, and their source; as `load` says. dataset None: as the
     file's sizes and labels say."""
     path = find(dataset, data_dir)
-    content = read_pickle(path, splits or ())
-    synthetic = content.pop("SYNTHETIC")
-    sizes = [clip_count(content, s) for s in SPLITS]
+    with reading(path, "Download it again, or write a dict of numpy arrays by pickle.dump."):
+        content, synthetic = read_pickle(path, splits or ())
+        sizes = [len(content[s].get("text", ())) if s in content else None for s in SPLITS]
+        ids = {s: read_ids(content[s]) for s in content}
+        emotions = np.shape(next(iter(content.values())).get("labels"))[1:2] == (4,)
     meant = data_set_of(sizes)
     if dataset is None:
-        labels = next(iter(content.values())).get("labels")
-        emotions = isinstance(labels, np.ndarray) and labels.shape[1:2] == (4,)
         dataset = meant or ("iemocap" if emotions else "mosi")
     allowed = ("mosi", "mosei") if across and dataset != "iemocap" else (dataset,)
     if meant not in (None, *allowed):
         raise DataError(f"{path} has {'/'.join(map(str, sizes))} clips, the splits of {meant}, not of "
                         f"{' or '.join(allowed)}. Name another file with --data-dir, or train with --dataset {meant}.")
     dataset = meant or dataset
-    ids = {s: read_ids(content[s], f"{path}, split {s}") for s in content}
     notes = shared("clips", ids)
     if sizes != list(SIZES[dataset]):           # the standard splits are what they are
-        notes += shared("videos", {s: set(map(video_of, ids[s])) for s in ids})
-    for s in ids:
-        if repeats := len(ids[s]) - len(set(ids[s])):
-            notes.append(f"{repeats} clips of {s} have the id of another one in it")
+        notes += shared("videos", {s: list(map(video_of, ids[s])) for s in ids})
     if absent := [s for s in ids if not ids[s]]:
         notes.append(f"no ids in {', '.join(absent)}: nothing tells whether these clips stand elsewhere too")
     source = {"file": printable(str(path), 300), "sha256": sha256(path), "synthetic": synthetic, "sizes": sizes,
@@ -158,9 +166,10 @@ def load_pickle(dataset: str | None, data_dir, splits, across: bool) -> tuple[st
 
 
 def find(dataset: str | None, data_dir: str | Path) -> Path:
-    """The data set's file: data_dir itself if it is no folder, else the first known name in it, aligned first."""
+    """The data set's file: data_dir itself if it is a file or no data set is named, else the first known name in it,
+    aligned first."""
     root = Path(data_dir)
-    if dataset is None or root.exists() and not root.is_dir():
+    if dataset is None or root.is_file():
         return root
     folders = [root]
     for name in (dataset.upper(), dataset):
@@ -169,15 +178,8 @@ def find(dataset: str | None, data_dir: str | Path) -> Path:
         for folder in folders:
             if (folder / name).is_file():
                 return folder / name
-    absent = "" if root.exists() else ", which does not exist"
-    raise DataError(f"No file of {dataset} in {root}{absent}: looked for {', '.join(FILES[dataset])}. The README says "
-                    "where to get one; name it with --data-dir. train.py --synthetic trains on made-up data.")
-
-
-def clip_count(content: dict, split: str) -> int | None:
-    """Clips of a split of a file; None where the file lacks the split or its text."""
-    text = content.get(split, {}).get("text")
-    return len(text) if isinstance(text, np.ndarray) and text.ndim else None
+    raise DataError(f"No file of {dataset} in {root}: looked for {', '.join(FILES[dataset])}. The README says where to "
+                    "get one; name it with --data-dir. train.py --synthetic trains on made-up data.")
 
 
 def data_set_of(sizes: list) -> str | None:
@@ -211,40 +213,37 @@ def video_of(clip: str) -> str:
 def content_notes(dataset: str, result: dict, file: str) -> list[str]:
     """What a reader of a table should know of the splits' content; result: split -> split. DataError if nothing can be
     learned from the training labels."""
-    said = {}           # what is true of some splits, and what follows -> these splits
-    labels = {s: split["label"] for s, split in result.items() if split["label"] is not None}
+    notes, one_class = [], []
+    for m in STREAMS:
+        if without := [s for s, split in result.items() if m in split["lacking"]]:
+            notes.append(f"no {m} in {', '.join(without)}: a set with it is not answered and counts in no average; "
+                         "{l,a,v} is what there is")
     for s, split in result.items():
-        if split["lacking"]:
-            lack = f"no {' and no '.join(split['lacking'])}"
-            follows = "a set with it is not answered and counts in no average; {l,a,v} is what there is"
-            said.setdefault((lack, follows), []).append(s)
-    for s, label in labels.items():
-        if one_class(dataset, label):
-            if s == "train":
-                raise DataError(f"{file}: the training labels leave one class alone: nothing can be learned. {MEANT}")
-            said.setdefault(("labels of one class alone", "its F1 would mean nothing and is \"-\""), []).append(s)
-    notes = [f"{what} in {', '.join(splits)}: {follows}" for (what, follows), splits in said.items()]
-    if dataset != "iemocap" and labels and all(label.abs().max() <= 1 for label in labels.values()):
+        label = split["label"]
+        if label is None:
+            continue
+        decisions = label.T if dataset == "iemocap" else (label[label != 0] > 0)[None]
+        if any(len(decision.unique()) < 2 for decision in decisions):
+            one_class.append(s)
+    if "train" in one_class:
+        raise DataError(f"{file}: the training labels (with --limit the first ones) leave one class alone. {MEANT}")
+    if one_class:
+        notes.append(f"labels of one class alone in {', '.join(one_class)}: its F1 would mean nothing and is \"-\"")
+    labels = [split["label"] for split in result.values() if split["label"] is not None]
+    if dataset != "iemocap" and labels and all(label.abs().max() <= 1 for label in labels):
         notes.append("all labels lie within [-1, 1]: Acc-7, which is of [-3, 3], means nothing")
     return notes
-
-
-def one_class(dataset: str, label: torch.Tensor) -> bool:
-    """Whether all clips that count are of one class, of any emotion if these are the four."""
-    decisions = label.T if dataset == "iemocap" else (label[label != 0] > 0)[None]
-    return any(len(each.unique()) < 2 for each in decisions)
 
 
 def widths(result: dict, file: str) -> dict:
     """stream -> features a frame; DataError unless they are the same in all splits."""
     dims = {}
-    for split in result.values():
-        previous, dims = dims, {m: split[m].shape[2] for m in streams(split)}
-        if previous not in ({}, dims):
-            raise DataError(f"{file}: the splits differ in feature width or streams: {previous} and {dims}.")
-    if dims.get(SIMULATED, dims["text"]) != dims["text"]:
-        raise DataError(f"{file}: simulated_text has {dims[SIMULATED]} features, text {dims['text']}; "
-                        "they must be the same.")
+    for s, split in result.items():
+        here = {m: split[m].shape[2] for m in streams(split)}
+        dims = dims or here
+        if here != dims or here.get(SIMULATED, here["text"]) != here["text"]:
+            raise DataError(f"{file}: {s} has features of width {here}, expected {dims}; all splits must have the same "
+                            "ones, and simulated_text as many as text.")
     return dims
 
 
@@ -253,28 +252,25 @@ def identity(source: dict) -> str:
     return source["file"] if source["sha256"] is None else f"{source['file']}, SHA-256 {source['sha256']}"
 
 
-def comparison(run: dict, source: dict, widths: dict) -> tuple[bool, str]:
-    """Whether numbers on this data may stand beside a paper's, which are of features of these widths: the test split
-    has the standard size, the text the paper's width. And what is to be said of that, if anything. run: "dataset",
-    "dims" and "limit", as in a run record."""
-    dims, sizes, standard = run["dims"], source["sizes"], SIZES[run["dataset"]]
-    reasons, differences = [], []
+def comparison(run: dict, source: dict, paper: dict) -> tuple[bool, str]:
+    """Whether numbers on this data may stand beside a paper's, which are of features of these widths (paper: stream ->
+    width): the test split has the standard size, the text the paper's width. And what is to be said of that, if
+    anything. run: "dataset", "dims" and "limit", as in a run record."""
+    reasons, differences = [], []       # why nothing is compared; what is to be known of a comparison
     if source["synthetic"]:
         reasons.append("the data is SYNTHETIC")
     if run["limit"]:
         reasons.append(f"the run is of only the first {run['limit']} clips of each split")
-    if sizes[2] != standard[2]:
-        reasons.append(f"test has {sizes[2] or 'no'} clips, {run['dataset']}'s standard split {standard[2]}")
-    if widths.get("text", dims["text"]) != dims["text"]:
-        reasons.append(f"text is {dims['text']} wide, not {widths['text']}")
+    for s, n, standard in zip(SPLITS, source["sizes"], SIZES[run["dataset"]]):
+        if n != standard:
+            matters = reasons if s == "test" else differences
+            matters.append(f"{s} has {n or 'no'} clips, the paper's {standard}")
+    for m, width in paper.items():
+        if run["dims"][m] != width:
+            matters = reasons if m == "text" else differences
+            matters.append(f"{m} is {run['dims'][m]} wide, the paper's {width}")
     if reasons:
         return False, "nothing is compared with the paper: " + "; ".join(reasons)
-    for split, n, expected in zip(SPLITS, sizes, standard):
-        if n != expected:
-            differences.append(f"{split} has {n or 'no'} clips, the paper's {expected}")
-    for m, width in widths.items():
-        if dims[m] != width:
-            differences.append(f"{m} is {dims[m]} wide, the paper's {width}")
     return True, "; ".join(differences)
 
 
@@ -284,39 +280,34 @@ def tensors(fields: dict, dataset: str, where: str, limit: int | None = None, ne
     """One split's arrays, checked and shifted to position 0, as the dict that the file's opening describes. `fields` is
     used up: an array leaves memory as soon as its tensor is there."""
     names = [m for m in (*STREAMS, SIMULATED) if m in STREAMS or m in fields]
-    ids, label = read_ids(fields, where), None
-    if need_labels or "labels" in fields or "regression_labels" in fields:
-        label = read_labels(fields, dataset, where)
-    count = count_clips(fields, names, where, label, ids)
-    split = {"label": label if label is None else label[:limit], "id": ids[:limit], "real": {}}
-    nonzero, lengths = {}, {}
+    counts = {m: len(feature_array(fields, m, where)) for m in names}
+    ids, label = read_ids(fields), read_labels(fields, dataset, where)
+    if label is not None:
+        counts["labels"] = len(label)
+        label = label[:limit]
+    elif need_labels:
+        raise DataError(f"{where} has neither 'labels' nor 'regression_labels', only {', '.join(fields)}.")
+    if ids:
+        counts["ids"] = len(ids)
+    if len(set(counts.values())) > 1:
+        raise DataError(f"{where}: the numbers of clips do not match: {counts}.")
+    split, nonzero = {"label": label, "id": ids[:limit], "real": {}}, {}
     for m in names:
-        lengths[m] = read_lengths(fields, m, where, count, fields[m].shape[1])[:limit]
         split[m] = read_features(fields.pop(m)[:limit], m, where, ids)
         nonzero[m] = (split[m] != 0).any(-1)
     split["lacking"] = [m for m in STREAMS if not nonzero[m].any()]
+    stated = fields
     if is_aligned(split):                       # one span for all streams, whatever lengths are stated
+        stated = {}
         together = nonzero["text"] | nonzero["audio"] | nonzero["vision"]
         nonzero.update(dict.fromkeys(STREAMS, together))
-        lengths = {m: torch.zeros_like(lengths[m]) for m in names}
     for m in names:
-        start, stop = spans(nonzero[m], lengths[m])
-        split["real"][m] = torch.arange(split[m].shape[1]) < (stop - start)[:, None]
+        longest = split[m].shape[1]
+        length = read_lengths(stated, m, where, counts[m], longest)
+        start, stop = spans(nonzero[m], length[:limit])
+        split["real"][m] = torch.arange(longest) < (stop - start)[:, None]
         shift(split[m], start)
     return split
-
-
-def count_clips(fields: dict, names: list, where: str, label: torch.Tensor | None, ids: list) -> int:
-    """How many clips a split has; DataError unless each stream, the labels and the ids are of as many."""
-    sizes = {f"clips of {m}": len(feature_array(fields, m, where)) for m in names}
-    if label is not None:
-        sizes["labels"] = len(label)
-    if ids:
-        sizes["ids"] = len(ids)
-    if len(set(sizes.values())) > 1:
-        numbers = ", ".join(f"{n} {what}" for what, n in sizes.items())
-        raise DataError(f"{where}: {numbers} do not match.")
-    return len(fields["text"])
 
 
 def spans(nonzero: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -382,71 +373,7 @@ def nonzero_frames(x: torch.Tensor):
         yield part[(part != 0).any(-1)].double()
 
 
-# ---------------------------------------------------------------------------------- missing frames and streams, batches
-
-def training_masks(real: dict, generator: torch.Generator, lacking=()) -> dict:
-    """Modality random missing, present: stream -> (B, T_m). Our choice where the papers are silent: a clip keeps one
-    of the non-empty sets of the streams that it has (7, or 3 without vision), and of each stream's frames it loses a
-    share from 0, 0.1, ..., 0.9. A copy that would lose its last frame keeps one, each equally likely. lacking: the
-    streams that hold only zeros, though `real` may count their frames."""
-    held = torch.stack([real[m].any(1) & (m not in lacking) for m in STREAMS])      # (3, B)
-    sets = 2 ** held.sum(0) - 1                         # a bit for each stream that the clip has, 0 left out
-    chosen = 1 + (torch.rand(held.shape[1], generator=generator) * sets).long()
-    bit = held.cumsum(0) - 1
-    available = held & (chosen >> bit.clamp(min=0) & 1).bool()
-    present, could = [], []
-    for m, keeps in zip(STREAMS, available):
-        rate = torch.randint(0, 10, (len(keeps),), generator=generator).double() / 10
-        could.append(real[m] & keeps[:, None])
-        present.append(drop(could[-1], rate, generator))
-    present, could = torch.cat(present, 1), torch.cat(could, 1)                     # (B, frames of all streams)
-    one = torch.rand(could.shape, generator=generator).masked_fill(~could, -1).argmax(1)
-    empty = ~present.any(1)
-    present[empty, one[empty]] = could[empty, one[empty]]
-    return dict(zip(STREAMS, present.split([real[m].shape[1] for m in STREAMS], 1)))
-
-
-def evaluation_masks(real: dict, condition: str | float, split: str, seed: int = 0) -> dict:
-    """Fixed masks of a whole split: a set ("l" ... "lav") keeps its streams whole, a rate p drops that share of
-    the frames of every stream. They depend on seed, split and condition alone."""
-    if condition in SETS:
-        return {m: real[m] if m in SETS[condition] else torch.zeros_like(real[m]) for m in STREAMS}
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{split}/{condition:.3f}".encode()))
-    return {m: drop(real[m], condition, generator) for m in STREAMS}
-
-
-def drop(real: torch.Tensor, rate, generator: torch.Generator) -> torch.Tensor:
-    """present (N, T): of a clip's n real frames floor(rate * n + u) are dropped, each equally likely. u is uniform in
-    [0, 1), so the mean rate is exact even for clips of one frame. rate: a number or (N,)."""
-    n = real.sum(1)
-    u = torch.rand(len(real), dtype=torch.float64, generator=generator)
-    number = (torch.as_tensor(rate, dtype=torch.float64) * n + u).floor()
-    order = torch.rand(real.shape, generator=generator).masked_fill(~real, 2.0).argsort(1)      # padding comes last
-    rank = order.argsort(1)
-    return real & (rank >= number[:, None])
-
-
-def answerable(sets, lacking: list[str]) -> list[str]:
-    """Those of the sets ("l" ... "lav") that name no stream which the data lacks; {l,a,v} is all that there is."""
-    return [c for c in sets if c == "lav" or not set(SETS[c]) & set(lacking)]
-
-
-def distinct(sets, lacking: list[str]) -> list[str]:
-    """The answerable ones of the sets, each content once: without vision {l,a,v} is {l,a}."""
-    contents = {}
-    for c in answerable(sets, lacking):
-        contents.setdefault(frozenset(SETS[c]) - set(lacking), c)
-    return list(contents.values())
-
-
-def realised(present: dict, real: dict) -> dict:
-    """stream -> the share of its real frames that is missing; None for a stream that has none."""
-    result = {}
-    for m in STREAMS:
-        total = real[m].sum().item()
-        result[m] = 1 - present[m].sum().item() / total if total else None
-    return result
-
+# ---------------------------------------------------------------------------------- batches, missing frames and streams
 
 def batches(real: dict, size: int, generator: torch.Generator, pool=4) -> list:
     """Random batches (indices) of clips of similar length: sorted by length, ties at random, cut into pools of
@@ -465,20 +392,85 @@ def batch(split: dict, index: torch.Tensor, generator: torch.Generator | None = 
     complete: stream -> (B, T, d). missing: with a generator the same after training_masks, of STREAMS alone; without
     one None. real: stream -> bool (B, T).
     """
-    complete, cut = {}, {}
+    complete, real, missing = {}, {}, None
     for m in streams(split):
-        real, x = split["real"][m][index], split[m]
-        longest = max(1, int(real.sum(1).max()))
-        cut[m] = real[:, :longest]
+        x, rows = split[m], split["real"][m][index]
+        longest = max(1, int(rows.sum(1).max()))
+        real[m] = rows[:, :longest]
         if isinstance(x, Frames):
             complete[m] = x.rows(index, longest)
         else:
             complete[m] = x[:, :longest][index.to(x.device)]
-    missing = None
+    device = complete["text"].device
     if generator is not None:
-        present = training_masks(cut, generator, split["lacking"])
-        missing = {m: complete[m] * present[m].to(complete[m].device)[..., None] for m in STREAMS}
-    return complete, missing, {m: cut[m].to(complete[m].device) for m in cut}
+        present = training_masks(real, generator, split["lacking"])
+        missing = {m: complete[m] * present[m].to(device)[..., None] for m in STREAMS}
+    return complete, missing, {m: real[m].to(device) for m in real}
+
+
+def training_masks(real: dict, generator: torch.Generator, lacking=()) -> dict:
+    """Modality random missing, present: stream -> (B, T_m). Our choice where the papers are silent: a clip keeps one
+    of the non-empty sets of the streams that it has (7, or 3 without vision), and of each stream's frames it loses a
+    share from 0, 0.1, ..., 0.9. A copy that would lose its last frame keeps one, each equally likely. lacking: the
+    streams that hold only zeros in the whole split. In aligned data `real` is one span for all streams, so a clip with
+    zeros for one of them counts as having it."""
+    held = torch.stack([real[m].any(1) & (m not in lacking) for m in STREAMS])      # (3, B)
+    num_sets = 2 ** held.sum(0) - 1                     # a bit for each stream that the clip has, 0 left out
+    chosen = 1 + (torch.rand(held.shape[1], generator=generator) * num_sets).long()
+    bit = held.cumsum(0) - 1                            # which bit of `chosen` is the stream's
+    available = held & (chosen >> bit.clamp(min=0) & 1).bool()
+    present, candidates = [], []
+    for m, keeps in zip(STREAMS, available):
+        rate = torch.randint(0, 10, (len(keeps),), generator=generator).double() / 10
+        candidates.append(real[m] & keeps[:, None])
+        present.append(drop(candidates[-1], rate, generator))
+    present, candidates = torch.cat(present, 1), torch.cat(candidates, 1)           # (B, frames of all streams)
+    kept = torch.rand(candidates.shape, generator=generator).masked_fill(~candidates, -1).argmax(1)
+    empty = ~present.any(1)
+    present[empty, kept[empty]] = candidates[empty, kept[empty]]
+    return dict(zip(STREAMS, present.split([real[m].shape[1] for m in STREAMS], 1)))
+
+
+def evaluation_masks(real: dict, condition: str | float, split: str, seed: int = 0) -> dict:
+    """Fixed masks of a whole split: a set ("l" ... "lav") keeps its streams whole, a rate p drops that share of
+    the frames of every stream. They depend on seed, split, condition and `real`, on no method."""
+    if condition in SETS:
+        return {m: real[m] if m in SETS[condition] else torch.zeros_like(real[m]) for m in STREAMS}
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{split}/{condition:.3f}".encode()))
+    return {m: drop(real[m], condition, generator) for m in STREAMS}
+
+
+def drop(real: torch.Tensor, rate, generator: torch.Generator) -> torch.Tensor:
+    """present (N, T): of a clip's n real frames floor(rate * n + u) are dropped, each equally likely. u is uniform in
+    [0, 1), so the mean rate is exact even for clips of one frame. rate: a number or (N,)."""
+    n = real.sum(1)
+    u = torch.rand(len(real), dtype=torch.float64, generator=generator)
+    number = (torch.as_tensor(rate, dtype=torch.float64) * n + u).floor()
+    order = torch.rand(real.shape, generator=generator).masked_fill(~real, 2.0).argsort(1)      # padding comes last
+    rank = order.argsort(1)
+    return real & (rank >= number[:, None])
+
+
+def realised(present: dict, real: dict) -> dict:
+    """stream -> the share of its real frames that is missing; None for a stream that has none."""
+    result = {}
+    for m in STREAMS:
+        total = real[m].sum().item()
+        result[m] = 1 - present[m].sum().item() / total if total else None
+    return result
+
+
+def distinct(sets, lacking: list[str]) -> list[str]:
+    """The answerable ones of the sets, each content once: without vision {l,a,v} is {l,a}."""
+    contents = {}
+    for c in answerable(sets, lacking):
+        contents.setdefault(frozenset(SETS[c]) - set(lacking), c)
+    return list(contents.values())
+
+
+def answerable(sets, lacking: list[str]) -> list[str]:
+    """Those of the sets ("l" ... "lav") that name no stream which the data lacks; {l,a,v} is all that there is."""
+    return [c for c in sets if c == "lav" or not set(SETS[c]) & set(lacking)]
 
 
 # ---------------------------------------------------------------------------------- fields of a file
@@ -486,15 +478,10 @@ def batch(split: dict, index: torch.Tensor, generator: torch.Generator | None = 
 def feature_array(fields: dict, name: str, where: str) -> np.ndarray:
     """The field as it is, (clips, frames, features) of numbers; DataError if it is anything else."""
     if name not in fields:
-        hint = ""
-        if name == "text" and "text_bert" in fields:
-            hint = " 'text_bert' holds token ids, which are no features."
-        raise DataError(f"{where} has no '{name}', only {', '.join(fields)}.{hint}")
+        raise DataError(f"{where} has no '{name}', only {', '.join(fields)}.")
     array = fields[name]
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-        raise DataError(f"{where}: '{name}' is {describe(array)}, not one array of numbers.")
-    if array.ndim != 3 or 0 in array.shape:
-        raise DataError(f"{where}: '{name}' has shape {array.shape}, not (clips, frames, features).")
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub" or array.ndim != 3 or 0 in array.shape:
+        raise DataError(f"{where}: '{name}' is {describe(array)}; expected numbers, (clips, frames, features).")
     return array
 
 
@@ -508,55 +495,49 @@ def read_features(array: np.ndarray, name: str, where: str, ids: list[str]) -> t
     bad = ~np.isfinite(x).all((1, 2))
     if bad.any():
         i = int(bad.argmax())
-        clip = printable(ids[i]) if ids else i
         raise DataError(f"{where}: '{name}' holds values that are NaN, infinite or too large for float32, first in "
-                        f"clip {clip}. Repair the file or download it again.")
+                        f"clip {ids[i] if ids else i}. Repair the file or download it again.")
     return torch.from_numpy(x)
 
 
-def read_labels(fields: dict, dataset: str, where: str) -> torch.Tensor:
-    """(N,) sentiment in [-3, 3], or (N, 4) emotions of 0 and 1, from any of the published forms."""
+def read_labels(fields: dict, dataset: str, where: str) -> torch.Tensor | None:
+    """(N,) sentiment in [-3, 3] or (N, 4) emotions of 0 and 1, from any of the published forms; None if unlabelled."""
     key = "labels" if "labels" in fields else "regression_labels"
     if key not in fields:
-        names = ", ".join(fields)
-        raise DataError(f"{where} has neither 'labels' nor 'regression_labels', only {names}.")
-    with reading(f"{where}: '{key}'", "Expected an array of numbers."), np.errstate(all="ignore"):
-        label = torch.from_numpy(np.array(fields[key], dtype=np.float32))
-    n, shape = (len(label) if label.ndim else 0), tuple(label.shape)
+        return None
+    label = torch.from_numpy(np.array(fields[key], dtype=np.float32))
+    held = f"of shape {tuple(label.shape)}, from {label.min():g} to {label.max():g}"
     if dataset == "iemocap":
-        if shape[1:] == (4, 2) and torch.equal(label.sum(-1), torch.ones(n, 4)):
-            label = label[..., 1]                       # one-hot: no, yes
-        if label.shape[1:] != (4,) or not ((label == 0) | (label == 1)).all():
-            raise DataError(f"{where}: '{key}' of shape {shape} is not four yes/no emotions a clip: (N, 4) of 0 and 1, "
-                            "or (N, 4, 2) one-hot.")
-        return label
-    if shape[1:] == (1, 7):         # MOSEI's "All Labels": the sentiment, then six emotions
-        label = label[:, 0, 0]
-    if label.numel() != n:
-        raise DataError(f"{where}: '{key}' of shape {shape} is not one sentiment score a clip.")
-    if not (label.abs() <= 3).all():
-        raise DataError(f"{where}: '{key}' leaves the range [-3, 3] of {dataset}, or is NaN.")
-    return label.reshape(n)
+        expected = "four yes/no emotions a clip, (N, 4) of 0 and 1 or (N, 4, 2) one-hot"
+        if label.shape[1:] == (4, 2):
+            label = label[..., 1]           # one-hot: no, yes
+        good = label.shape[1:] == (4,) and ((label == 0) | (label == 1)).all()
+    else:
+        expected = "one sentiment a clip, in [-3, 3]"
+        if label.shape[1:] == (1, 7):       # MOSEI's "All Labels": the sentiment, then six emotions
+            label = label[:, 0, 0]
+        good = len(label) == label.numel() and (label.abs() <= 3).all()
+        label = label.flatten()
+    if not good:
+        raise DataError(f"{where}: '{key}' is {held}, not {expected}.")
+    return label
 
 
-def read_ids(fields: dict, where: str) -> list[str]:
+def read_ids(fields: dict) -> list[str]:
     """'a/b/c' of the non-empty parts of each id; ids come as strings, bytes, or rows of either. [] if there is none."""
     result = []
-    with reading(f"{where}: 'id'", "Expected a string a clip."):
-        for row in to_list(fields.get("id", [])):
-            result.append("/".join(filter(None, map(to_text, to_list(row)))))
+    for row in to_list(fields.get("id", [])):
+        result.append("/".join(filter(None, map(to_text, to_list(row)))))
     return result
 
 
 def read_lengths(fields: dict, name: str, where: str, count: int, longest: int) -> torch.Tensor:
     """(N,) frames of each clip as the file states them, zeros where it does not."""
-    key, expected = f"{name}_lengths", f"{count} whole numbers between 0 and {longest}"
-    with reading(f"{where}: '{key}'", f"Expected {expected}."):
-        length = np.array(fields.get(key, [0] * count), dtype=np.float64)
-    whole = (length == np.rint(length)) & (0 <= length) & (length <= longest)
-    if length.shape not in ((count,), (count, 1)) or not whole.all():
-        raise DataError(f"{where}: '{key}' is not {expected}.")
-    return torch.from_numpy(length.reshape(count)).long()
+    key = f"{name}_lengths"
+    length = np.array(fields.get(key, [0] * count), dtype=np.float64).flatten()
+    if len(length) != count or not ((length == np.rint(length)) & (0 <= length) & (length <= longest)).all():
+        raise DataError(f"{where}: '{key}' is not {count} whole numbers between 0 and {longest}.")
+    return torch.from_numpy(length).long()
 
 
 def to_text(value) -> str:
@@ -574,59 +555,29 @@ def describe(value) -> str:
     """What a field is, in words."""
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype} of shape {value.shape}"
-    if isinstance(value, list):
-        arrays = bool(value) and isinstance(value[0], np.ndarray)
-        return f"a list of {len(value)} {'arrays' if arrays else 'values'}"
     return f"a {type(value).__name__}"
 
 
 # ---------------------------------------------------------------------------------- safe pickles
 
-FOREIGN = {     # first bytes -> what a file is that is no pickle
-    b"\x1f\x8b": "compressed by gzip; unpack it first",
-    b"BZh": "compressed by bzip2; unpack it first",
-    b"\xfd7zXZ": "compressed by xz; unpack it first",
-    b"PK": "a zip archive, as torch.save and numpy.savez write too; unpack it or save its content by pickle.dump",
-    b"\x80\x02\x8a\nl\xfc\x9cF": "written by torch.save; save its content by pickle.dump",
-    b"\x89HDF": "an HDF5 file; save its arrays by pickle.dump",
-    b"\x93NUMPY": "a single array in numpy's own format; save a dict of splits by pickle.dump",
-}
-
-
-def read_pickle(path: Path, splits=SPLITS) -> dict:
-    """split -> field -> array, list or value, of all splits that the file holds, and "SYNTHETIC": whether the file says
-    so of itself. DataError unless `splits` are among them. Runs nothing in the file. It takes the file's size in
-    memory; a file made to ask for more than there is ends in a sentence."""
-    with reading(path, "Download it again, or write a dict of numpy arrays by pickle.dump."), open_file(path) as file:
-        refuse_other_formats(file.peek(40)[:40], path)
+def read_pickle(path: Path, splits) -> tuple[dict, bool]:
+    """split -> field -> array, list or value, of all splits that the file holds, and whether the file calls itself
+    SYNTHETIC. DataError unless `splits` are among them. Runs nothing in the file."""
+    with open_file(path) as file:
+        start = file.peek(20).strip()[:20]
+        if start[:1] not in b"\x80(]}lcd":          # the first opcodes of pickles
+            raise pickle.UnpicklingError(f"it begins with {start}, as a web page, a pointer of Git LFS or an archive "
+                                         "would, and is no pickle")
         content = Unpickler(file, encoding="bytes").load()
-        if rest := path.stat().st_size - file.tell():
-            raise pickle.UnpicklingError(f"{rest} bytes follow where it should end")
-        if isinstance(content, dict):
-            content = by_name(content)
-            what = "a dict of " + ", ".join(printable(name, 40) for name in list(content)[:8])
-        else:
-            content, what = {}, describe(plain(content))
-        result = {"SYNTHETIC": "SYNTHETIC" in content}
-        for s in SPLITS:
-            if isinstance(content.get(s), dict):
-                result[s] = {name: plain(value) for name, value in by_name(content[s]).items()}
-    if len(result) == 1 or not set(splits) <= set(result):
-        wanted = ", ".join(splits or SPLITS)
-        raise DataError(f"{path} holds {what}; expected a dict of {wanted}, each a dict of arrays.")
-    return result
-
-
-def refuse_other_formats(start: bytes, path: Path) -> None:
-    """An error if the file at `path`, which begins like this, is no pickle."""
-    if not start:
-        raise EOFError("it is empty")
-    for magic, kind in FOREIGN.items():
-        if start.startswith(magic):
-            raise DataError(f"{path} is no pickle but {kind}.")
-    if start[:1] not in b"\x80(]}lcd":
-        line = printable(start.decode("latin1").strip().split("\n")[0])
-        raise pickle.UnpicklingError(f"not a pickle: it begins with {line}, so the download went wrong")
+    content = by_name(content) if isinstance(content, dict) else {}
+    result = {}
+    for s in SPLITS:
+        if isinstance(content.get(s), dict):
+            result[s] = {name: plain(value) for name, value in by_name(content[s]).items()}
+    if not result or not set(splits) <= set(result):
+        raise DataError(f"{path} holds {', '.join(content) or 'no splits'}; expected a dict of "
+                        f"{', '.join(splits or SPLITS)}, each a dict of arrays.")
+    return result, "SYNTHETIC" in content
 
 
 class Unpickler(pickle.Unpickler):
@@ -638,11 +589,10 @@ class Unpickler(pickle.Unpickler):
             "numpy.core.multiarray._reconstruct": lambda *_: Array(),
             "numpy.core.multiarray.scalar": lambda dtype, raw=b"": to_array(raw, dtype, (1,), "C")[0],
             "numpy.core.numeric._frombuffer": lambda *arguments: to_array(*arguments),      # protocol 5
-            "numpy.ndarray": "ndarray",
+            "numpy.ndarray": "ndarray",         # only handed to _reconstruct, which does not look at it
             "numpy.dtype": DType,
             "_codecs.encode": lambda text, *_: text.encode("latin1"),       # bytes in protocols 0 to 2
             "collections.OrderedDict": OrderedDict,
-            "builtins.set": set,
             "builtins.bytes": lambda: b"",
         }
         key = f"{module}.{name}".replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
@@ -658,7 +608,7 @@ class DType:
     def __init__(self, code, *_):
         code = to_text(code)
         if not re.fullmatch(r"[<>|=]?([fiubSU]\d+|\?|O8?)", code):
-            raise pickle.UnpicklingError(f"an array of type {code!r} is not of numbers or strings")
+            raise pickle.UnpicklingError(f"an array of type {code} is not of numbers or strings")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state):
@@ -676,17 +626,10 @@ class Array:
 
 def to_array(raw, dtype: DType, shape: tuple, order: str) -> np.ndarray:
     """The array of these bytes, or of this list of objects."""
-    dtype = dtype.dtype
-    count = len(raw) if dtype.hasobject else len(raw) / max(1, dtype.itemsize)
-    if min(shape, default=0) < 0 or math.prod(shape) != count:
-        shape = tuple(shape)
-        raise pickle.UnpicklingError(f"an array of shape {shape} comes with data for {count:g} values")
-    if dtype.hasobject:
-        array = np.empty(count, object)
-        for i, item in enumerate(raw):          # not [:]: numpy would unpack items that are lists
-            array[i] = item
+    if dtype.dtype.hasobject:
+        array = np.fromiter(raw, object)
     else:
-        array = np.frombuffer(raw, dtype)
+        array = np.frombuffer(raw, dtype.dtype)
     return array.reshape(shape, order=order)
 
 
@@ -706,11 +649,7 @@ def by_name(fields: dict) -> dict:
 
 def unwrap(value):
     """The array of an Array, any other value as it is."""
-    if not isinstance(value, Array):
-        return value
-    if value.value is None:
-        raise pickle.UnpicklingError("it holds an array without data")
-    return value.value
+    return value.value if isinstance(value, Array) else value
 
 
 # ---------------------------------------------------------------------------------- feature folders
@@ -720,32 +659,29 @@ def load_folders(features: dict, labels: Path, splits, limit: int | None) -> tup
     if absent := [m for m in STREAMS if m not in features]:
         raise DataError(f"--features lacks {', '.join(absent)}: give text=DIR audio=DIR vision=DIR, if you have it "
                         f"{SIMULATED}=DIR, and --labels FILE.")
-    corpus, frames = read_corpus(labels), {}
+    corpus = read_corpus(labels)
+    notes, result = shared("clips", {s: ids for s, (ids, _) in corpus.items()}), {}
     digest = hashlib.sha256(labels.read_bytes())
-    for s, (ids, _) in corpus.items():
-        frames[s] = {m: Frames(m, Path(features[m]), ids) for m in (*STREAMS, SIMULATED) if m in features}
-        for m in sorted(frames[s]):
-            lines = [f"{m} {clip} {count}" for clip, count in zip(ids, frames[s][m].length.tolist())]
-            digest.update("\n".join(lines).encode("utf-8", "surrogatepass"))
-    ids = {s: corpus[s][0] for s in SPLITS}
-    notes, result = shared("clips", ids), {}
-    for s in splits:
-        index = torch.arange(len(ids[s]))[:limit]
-        if s == "train":
-            longest = torch.stack([x.length for x in frames[s].values()]).amax(0)[:limit]
-            index = (longest <= MAX_FRAMES).nonzero()[:, 0]
-            if number := len(longest) - len(index):
-                notes.append(f"{number} training clips of more than {MAX_FRAMES} frames are left out")
-            if len(index) == 0:
-                raise DataError(f"All training clips have more than {MAX_FRAMES} frames (MAX_FRAMES in data.py).")
-        for x in frames[s].values():
+    for s, (ids, label) in corpus.items():
+        frames = {m: Frames(m, Path(features[m]), ids) for m in streams(features)}
+        for m in frames:
+            digest.update(repr((m, ids, frames[m].length.tolist())).encode())
+        if s not in splits:
+            continue
+        longest = torch.stack([x.length for x in frames.values()]).amax(0)[:limit]
+        most = MAX_FRAMES if s == "train" else math.inf
+        index = (longest <= most).nonzero()[:, 0]
+        if len(index) == 0:
+            raise DataError(f"All training clips have more than {MAX_FRAMES} frames (MAX_FRAMES in data.py).")
+        if number := len(longest) - len(index):
+            notes.append(f"{number} training clips of more than {MAX_FRAMES} frames are left out")
+        for x in frames.values():
             x.select(index)
-        real = {m: torch.arange(x.shape[1]) < x.length[:, None] for m, x in frames[s].items()}
-        result[s] = {**frames[s], "real": real, "label": corpus[s][1][index], "id": frames[s]["text"].ids,
-                     "lacking": []}
+        real = {m: torch.arange(x.shape[1]) < x.length[:, None] for m, x in frames.items()}
+        result[s] = {**frames, "real": real, "label": label[index], "id": frames["text"].ids, "lacking": []}
     folders = " ".join(f"{m}={folder}" for m, folder in features.items())
     source = {"file": printable(f"features {folders} labels={labels}", 600), "sha256": digest.hexdigest(),
-              "synthetic": False, "sizes": [len(ids[s]) for s in SPLITS], "notes": notes}
+              "synthetic": False, "sizes": [len(corpus[s][0]) for s in SPLITS], "notes": notes}
     return result, source
 
 
@@ -755,16 +691,15 @@ class Frames:
     device = "cpu"
 
     def __init__(self, name: str, folder: Path, ids: list[str]):
-        self.name, self.folder, self.ids = name, folder, ids
-        lengths, width = [], None
+        self.folder, self.ids = folder, ids
+        lengths = []
         for clip in ids:
-            files = frame_files(folder, clip)
+            files = frame_files(folder / clip)
             if not files:
                 raise DataError(f"--features {name}={folder} has no {clip}.npy and no folder {clip} of .npy files.")
-            frames, features = open_npy(files[0]).shape
-            width = width or features
-            lengths.append(frames if len(files) == 1 else len(files))
-        self.length, self.width = torch.tensor(lengths), width
+            lengths.append(len(open_npy(files[0])) if len(files) == 1 else len(files))
+        self.length = torch.tensor(lengths)
+        self.width = open_npy(files[0]).shape[1]        # the last clip's; `rows` compares the others with it
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -782,62 +717,45 @@ class Frames:
         """float32 (len(index), longest, d) on the device, padded behind; DataError if a file is not as it was."""
         x = torch.zeros(len(index), longest, self.width)
         for row, i in enumerate(index.tolist()):
-            where = self.folder / self.ids[i]
-            advice = f"Expected {int(self.length[i])} frames of {self.width} features, as its first clip has."
-            with reading(where, advice):
-                frames = [open_npy(path) for path in frame_files(self.folder, self.ids[i])]
-                array = np.concatenate(frames)
-                if array.shape != (int(self.length[i]), self.width):
-                    raise ValueError
-                with np.errstate(all="ignore"):
-                    x[row, :len(array)] = torch.from_numpy(array[:longest].astype(np.float32))
-            if not x[row].isfinite().all():
-                raise DataError(f"{where}: '{self.name}' has values that are NaN, infinite or too large for float32.")
+            clip, length = self.folder / self.ids[i], int(self.length[i])
+            expected = f"Expected {length} frames of {self.width} numbers, finite in float32."
+            with reading(clip, expected), np.errstate(over="ignore"):
+                array = np.concatenate([open_npy(path) for path in frame_files(clip)]).astype(np.float32)
+                if array.shape != (length, self.width) or not np.isfinite(array).all():
+                    raise ValueError(f"it holds {describe(array)}, or numbers that are not finite")
+            x[row, :length] = torch.from_numpy(array[:longest])
         return x.to(self.device)
 
 
-def frame_files(folder: Path, clip: str) -> list[Path]:
+def frame_files(clip: Path) -> list[Path]:
     """<clip>.npy, or the files in the folder <clip>, 2.npy before 10.npy; [] if there is neither."""
-    def number_parts(path: Path) -> list:
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-
-    with reading(folder / clip, "Name the folder of the clips' files with --features."):
-        if (folder / f"{clip}.npy").is_file():
-            return [folder / f"{clip}.npy"]
-        files = [path for path in (folder / clip).glob("[!.]*.npy") if path.is_file()]
-    return sorted(files, key=number_parts)
+    alone = clip.with_name(f"{clip.name}.npy")
+    if alone.is_file():
+        return [alone]
+    return sorted(clip.glob("[!.]*.npy"), key=lambda path: (len(path.name), path.name))
 
 
 def open_npy(path: Path) -> np.ndarray:
-    """(frames, features) of one file, not yet read; numbers only."""
-    form = "expected numbers, (frames, features) or (features,)"
-    with reading(path, f"It is no .npy file: {form}."):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if array.dtype.kind not in "fiu" or array.ndim not in (1, 2) or 0 in array.shape:
-            raise DataError(f"{path} is {describe(array)}; {form}.")
-        return np.atleast_2d(array)
+    """(frames, features) of one file, not yet read."""
+    with reading(path, "Expected an .npy file of numbers, (frames, features) or (features,)."):
+        return np.atleast_2d(np.load(path, mmap_mode="r"))
 
 
 def read_corpus(path: Path) -> dict:
     """split -> (ids, sentiment (N,)) of Double-Flow's label file: an .npz of train_corpus, val_corpus and test_corpus,
     each a pickled dict clip -> {"emo", "val"}. Read as every pickle here: nothing in it runs."""
-    advice = "Expected an .npz of train_corpus, val_corpus, test_corpus: dicts clip -> {emo, val}."
     result = {}
-    with reading(path, advice), open_file(path) as whole, zipfile.ZipFile(whole) as archive:
-        for split, name in zip(SPLITS, ("train_corpus.npy", "val_corpus.npy", "test_corpus.npy")):
-            if archive.getinfo(name).file_size > 1 << 28:
-                raise pickle.UnpicklingError(f"{name} is too large for a list of labels")
-            with archive.open(name) as file:
-                file.readline()                         # numpy's header, which ends in a new line
-                corpus = plain(Unpickler(file, encoding="bytes").load())
-            values = [float(np.reshape(plain(facts["val"]), ())) for facts in corpus.values()]
-            result[split] = list(map(to_text, corpus)), torch.tensor(values)
-    for split, (ids, label) in result.items():
-        if not ids or not (label.abs() <= 3).all():
-            raise DataError(f"--labels {path}: {split} is empty, or leaves the range [-3, 3].")
-        for clip in ids:
-            if Path(clip).name != clip or clip in ("", ".", ".."):
-                raise DataError(f"--labels {path}: {clip!r} cannot be the name of a clip's file.")
+    with reading(path, "Expected an .npz of train_corpus, val_corpus, test_corpus: dicts clip -> {emo, val}."):
+        with open_file(path) as whole, zipfile.ZipFile(whole) as archive:
+            for split, name in zip(SPLITS, ("train_corpus", "val_corpus", "test_corpus")):
+                with archive.open(f"{name}.npy") as file:
+                    file.readline()                     # numpy's header, which ends in a new line
+                    corpus = plain(Unpickler(file, encoding="bytes").load())
+                values = np.array([plain(facts["val"]) for facts in corpus.values()], np.float32)
+                label = torch.from_numpy(values.reshape(len(corpus)))
+                if not corpus or not (label.abs() <= 3).all():
+                    raise DataError(f"--labels {path}: {split} is empty, or leaves the range [-3, 3].")
+                result[split] = list(map(to_text, corpus)), label
     return result
 
 
@@ -867,8 +785,8 @@ def stand_in(dataset: str, split: str, seed: int = 0) -> dict:
     fields = {"labels": labels}
     for m in STREAMS:
         cues = _STRENGTH[m] * signal + rng.standard_normal(signal.shape)
-        shared_seed = [seed, zlib.crc32(f"{dataset}/{m}".encode())]
-        fields[m] = random_frames(m, shared_seed, cues, length, longest, rng)
+        common_seed = [seed, zlib.crc32(f"{dataset}/{m}".encode())]
+        fields[m] = random_frames(m, common_seed, cues, length, longest, rng)
     ids = np.array([[f"{split}{i}", "0", "1"] for i in range(n)])
     return {**fields, "id": ids.astype("S") if dataset == "mosi" else ids}
 
@@ -887,13 +805,13 @@ def random_labels(dataset: str, split: str, rng: np.random.Generator) -> tuple[n
     return y.astype(np.float32).reshape(n, 1, 1), y[:, None] / 1.5
 
 
-def random_frames(name: str, shared_seed: list, cues: np.ndarray, length: np.ndarray, longest: int, rng):
+def random_frames(name: str, common_seed: list, cues: np.ndarray, length: np.ndarray, longest: int, rng):
     """Front-padded float32 array (N, longest, d): a frame is a mix of 12 hidden factors. In a few frames of a clip the
     first factor is raised, and the next k carry `cues` (N, k)."""
-    shared = np.random.default_rng(shared_seed)             # the same in all splits
+    common = np.random.default_rng(common_seed)             # the same in all splits
     width = GLOVE[name]
-    mix, scale = shared.standard_normal((12, width)), 10 ** shared.uniform(-1, 1, width)
-    offset = scale * shared.standard_normal(width)
+    mix, scale = common.standard_normal((12, width)), 10 ** common.uniform(-1, 1, width)
+    offset = scale * common.standard_normal(width)
     x = np.zeros((len(cues), longest, width), np.float32)
     for i in range(0, len(cues), CHUNK):
         n = length[i:i + CHUNK, None]
@@ -911,18 +829,24 @@ def random_frames(name: str, shared_seed: list, cues: np.ndarray, length: np.nda
 
 # ---------------------------------------------------------------------------------- mistakes
 
-def printable(text: str, most: int = 100) -> str:
-    """A file's own text made safe for a terminal: at most `most` characters, no control ones, no lone surrogates."""
-    text = text.encode(errors="backslashreplace").decode()
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= most else f"{text[:most * 2 // 3]} ... {text[-most // 5:]}"
-
-
-class DataError(Exception):
-    """A user's mistake in one or two sentences; str() is one printable line, whatever a file has put into it."""
-
-    def __str__(self) -> str:
-        return printable(super().__str__(), 600)
+def run_program(work, stopped: str) -> int:
+    """The exit code of work(): 0; 2 after a user's mistake or an OSError, said on stderr; 130 after Ctrl-C, with
+    `stopped` said; 141 where nobody reads stdout any more."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):      # a path may hold what the terminal cannot show; a log is read at once
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        work()
+        return 0
+    except BrokenPipeError:                     # | head: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 130
 
 
 @contextlib.contextmanager
@@ -934,13 +858,9 @@ def reading(what, advice: str):
         raise
     except OSError as error:
         raise DataError(f"{what} cannot be read: {error.strerror or error}.") from None
-    except MemoryError:
-        raise DataError(f"{what} is refused: it asks for more memory than there is. {advice}") from None
     except Exception as error:
-        reason = f" ({type(error).__name__})"
-        if isinstance(error, (pickle.UnpicklingError, EOFError)):   # their messages say what is wrong
-            reason = ": " + (" ".join(str(error).split()).rstrip(".") or "it is empty or cut off")
-        raise DataError(f"{what} is refused{reason}. {advice}") from None
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise DataError(f"{what} is refused: {reason}. {advice}") from None
 
 
 def open_file(path: Path):
@@ -977,44 +897,34 @@ def check_writable(folder: Path) -> None:
         raise DataError(f"Nothing can be written into {folder}: {error.strerror}.") from None
 
 
-def run_program(work, stopped: str) -> int:
-    """The exit code of work(): 0; 2 after a user's mistake, said on stderr; 130 after Ctrl-C, with `stopped` said."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):      # a path may hold what the terminal cannot show; a log is read at once
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    try:
-        work()
-        return 0
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:                     # | head: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\n{stopped}", file=sys.stderr)
-        return 130
+class DataError(Exception):
+    """A user's mistake in one or two sentences; str() is one printable line, whatever a file has put into it."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), 600)
+
+
+def printable(text: str, most: int = 100) -> str:
+    """A file's own text made safe for a terminal: at most `most` characters, no control ones."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= most else f"{text[:most * 2 // 3]} ... {text[-most // 5:]}"
 
 
 # ---------------------------------------------------------------------------------- command line
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="Check, convert or make up a data file.")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\nFormats")[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("check", help="print what a file is, or what is wrong with it (exit code 2)")
-    one.add_argument("path", type=Path, metavar="FILE", help="a pickle")
-    one.set_defaults(work=check)
-    two = commands.add_parser("convert", help="write MFN's .h5 files of MOSI as mosi_data.pkl, in MulT's layout")
-    two.add_argument("folder", type=Path, metavar="FOLDER", help="MFN's folder data, with X_train.h5, y_train.h5, ...")
-    two.set_defaults(work=convert)
-    three = commands.add_parser("synthesize", help="write a SYNTHETIC stand-in in MulT's layout")
-    three.add_argument("dataset", choices=SIZES)
-    three.set_defaults(work=synthesize)
-    for command in (two, three):
-        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the file")
+    for work in (check, convert, synthesize):
+        command = commands.add_parser(work.__name__)
+        command.set_defaults(work=work)
+        if work is synthesize:
+            command.add_argument("dataset", choices=SIZES)
+        else:
+            command.add_argument("path", type=Path, metavar="FILE" if work is check else "FOLDER")
+        if work is not check:
+            command.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = vars(parser.parse_args(argv))
     work = args.pop("work")
     return run_program(lambda: work(**args), "stopped")
@@ -1024,28 +934,22 @@ def check(path: Path) -> None:
     """Print what one file is; DataError on what is wrong with it."""
     loaded = load(None, path, None, normalize=False)
     source = loaded["source"]
-    print(f"{path}{', ' + SYNTHETIC if source['synthetic'] else ''}, labels as of {loaded['dataset']}")
-    print(f"  SHA-256 {source['sha256']}")
+    print(f"{identity(source)}, labels as of {loaded['dataset']}")
     for s in filter(loaded.get, SPLITS):
-        split = loaded[s]
-        print(f"  {s}: {len(split['text'])} clips")
+        split, label = loaded[s], loaded[s]["label"]
+        labels = "no labels" if label is None else f"labels from {label.min():.1f} to {label.max():.1f}"
+        print(f"  {s}: {len(split['text'])} clips, {labels}")
         for m in streams(split):
-            n = split["real"][m].sum(1).float()
-            empty = int((~split[m].flatten(1).any(1)).sum())
-            print(f"    {m:6s} {tuple(split[m].shape)}; real frames: mean {n.mean():.1f}, most {n.max():.0f}; "
-                  f"clips of zeros alone: {empty}")
-        y = split["label"]
-        print("    no labels" if y is None else f"    labels from {y.min():.1f} to {y.max():.1f}")
-    _, text = comparison({**loaded, "limit": None}, source, GLOVE)
-    print(f"  CorrKD, UMDF: {text or 'the features and splits of the papers'}")
-    notes = source["notes"]
-    if absent := [s for s in SPLITS[:2] if s not in loaded or loaded[s]["label"] is None]:
-        notes.append(f"no {' and no '.join(absent)} with labels: train.py refuses this file, eval.py takes it")
-    for note in notes:
+            frames = split["real"][m].sum(1).float()
+            print(f"    {m:6s} {tuple(split[m].shape)}, {frames.mean():.1f} real frames a clip")
+    if absent := [s for s in SPLITS[:2] if s not in loaded]:
+        source["notes"].append(f"no {' and no '.join(absent)}: train.py refuses this file, eval.py takes it")
+    _, compared = comparison({**loaded, "limit": None}, source, GLOVE)
+    for note in (*source["notes"], f"CorrKD, UMDF: {compared or 'the features and splits of the papers'}"):
         print(f"  note: {note}")
 
 
-def convert(folder: Path, out: Path) -> None:
+def convert(path: Path, out: Path) -> None:
     """Write the .h5 files of MOSI that MFN (github.com/pliang279/MFN) has in its folder data as a pickle: X_train.h5,
     y_train.h5 and so on, each with one dataset `data`. A clip's last 20 words, padded in front: 300 columns of text
     (GloVe), 5 of audio (COVAREP), 20 of vision (Facet); y is the sentiment."""
@@ -1053,19 +957,16 @@ def convert(folder: Path, out: Path) -> None:
         import h5py
     except ImportError:
         raise DataError("convert needs h5py, which is not installed: pip install h5py.") from None
-
-    def array(name: str, shape: tuple) -> np.ndarray:
-        path = folder / f"{name}.h5"
-        with reading(path, "It is not MFN's file: download it again."), open_file(path), h5py.File(path) as file:
-            if "data" not in file or file["data"].shape != shape:
-                held = ", ".join(f"{key} {getattr(file[key], 'shape', '')}" for key in file)
-                raise DataError(f"{path} holds {held or 'nothing'}; MFN's file of MOSI holds data {shape}.")
-            return file["data"][()].astype(np.float32)
-
     content = {}
     for s, n in zip(SPLITS, SIZES["mosi"]):
-        text, audio, vision = np.split(array(f"X_{s}", (n, 20, 325)), (300, 305), axis=2)
-        content[s] = {"text": text, "audio": audio, "vision": vision, "labels": array(f"y_{s}", (n,)).reshape(n, 1, 1)}
+        arrays = []
+        for name, shape in ((f"X_{s}.h5", (n, 20, 325)), (f"y_{s}.h5", (n, 1, 1))):
+            with reading(path / name, f"MFN's file of MOSI holds {n} clips: download it again."):
+                with open_file(path / name) as raw, h5py.File(raw) as file:
+                    arrays.append(file["data"][()].astype(np.float32).reshape(shape))
+        x, labels = arrays
+        text, audio, vision = np.split(x, (300, 305), axis=2)
+        content[s] = {"text": text, "audio": audio, "vision": vision, "labels": labels}
     print(f"wrote {write_new(out / 'mosi_data.pkl', content)}")
 
 

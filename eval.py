@@ -10,7 +10,6 @@ evaluation's.
 """
 import argparse
 import csv
-import hashlib
 import io
 import itertools
 import json
@@ -23,7 +22,6 @@ import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
@@ -78,22 +76,18 @@ DRAWS = 1000            # of test clips and seeds, for the interval of a differe
 VIDEOS = 20             # from so many on, whole videos are drawn in the place of clips
 FRAMES = 2 ** 16        # clips times frames that are evaluated at a time: bounds the memory
 WIDTH = 100             # of a printed table
-COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink",
-          "tab:olive", "tab:cyan", "black", "gold")         # of the runs; grey is the baselines'
 
 
 # ---------------------------------------------------------------------------------- from runs to tables
 
 def evaluate_all(args) -> None:
     """Evaluate the runs, print their tables and write what is asked for."""
-    folders = run_folders(args.runs)
-    for folder in folders:
-        data.check_writable(folder)
     if args.plot:
         figure_class(args.plot)             # a missing matplotlib is told now, not after the evaluation
     device = device_named(args.device)
+    folders = run_folders(args.runs)
     checkpoints = {folder: read_checkpoint(folder / "model.pt", ENTRIES, AGAIN) for folder in folders}
-    check_groups({folder: checkpoint["run"] for folder, checkpoint in checkpoints.items()}, args.reference)
+    check_groups(checkpoints, args.reference)
 
     groups, loaded, loaded_for = {}, None, None
     for folder, checkpoint in checkpoints.items():
@@ -124,25 +118,23 @@ def evaluate_run(folder: Path, checkpoint: dict, loaded: dict, args, device) -> 
     run, split = checkpoint["run"], loaded[args.split]
     task = run["task"]
     conditions = data.answerable(data.SETS, [*run["lacking"], *loaded["lacking"]]) + args.rates
-    how = split, conditions, args.split, args.mask_seed
     model = build(run, checkpoint["model"], folder / "model.pt", device)
-    outputs = predict(model, *how)
+    outputs = predict(model, split, conditions, args.split, args.mask_seed)
     write_csv(folder / "predictions.csv", *prediction_lines(task, split, outputs))
     if not labelled(split):
         (folder / "results.json").unlink(missing_ok=True)       # of an earlier evaluation
         print(f"{folder}: the {args.split} split has no labels, or 0 for all, so there is nothing to measure; the "
               f"answers to its {len(split['real']['text'])} clips are in predictions.csv")
         return None
+
     all_outputs = {"conditions": outputs, "linear": {}}
     if checkpoint["linear"]:
-        all_outputs["linear"] = predict(Linear(task, **checkpoint["linear"]), *how)
-    index, truth = targets(split["label"].cpu(), task)
-    truth = truth.numpy()
-    clips = {"truth": truth, "index": index.numpy(), "units": units(split["id"], len(split["label"]))}
-    results = {}
-    for part, outputs in all_outputs.items():
-        results[part] = measure(task, split, outputs, args.split, args.mask_seed)
-        clips[part] = {str(c): answers(task, output[index]).numpy() for c, output in outputs.items()}
+        linear = Linear(task, **checkpoint["linear"])
+        all_outputs["linear"] = predict(linear, split, conditions, args.split, args.mask_seed)
+    index, truth = (part.cpu().numpy() for part in targets(split["label"], task))
+    clips = {"truth": truth, "index": index, "units": units(split["id"], len(split["label"]))}
+    for part, of_part in all_outputs.items():
+        clips[part] = {str(c): answers(task, output[index]).numpy() for c, output in of_part.items()}
     always = metrics(task, np.broadcast_to(np.array(run["constant"]), truth.shape), truth)
     result = {
         "run": run,
@@ -154,10 +146,11 @@ def evaluate_run(folder: Path, checkpoint: dict, loaded: dict, args, device) -> 
         "mask_seed": args.mask_seed,
         "data": loaded["source"],
         "lacking": loaded["lacking"],
-        **results,
-        "constant": dict.fromkeys(results["conditions"], always),
+        "conditions": measure(task, split, all_outputs["conditions"], args.split, args.mask_seed),
+        "linear": measure(task, split, all_outputs["linear"], args.split, args.mask_seed),
+        "constant": {str(c): always for c in conditions},
     }
-    without_nan = json.loads(json.dumps(result), parse_constant=lambda _: None)
+    without_nan = json.loads(json.dumps(result), parse_constant=lambda _: None)      # strict JSON has no NaN
     data.write(folder / "results.json", json.dumps(without_nan, indent=1).encode())
     return {**result, "clips": clips}
 
@@ -196,9 +189,8 @@ def epochs_run(folder: Path) -> int | None:
     log = folder / "log.jsonl"
     if not log.is_file():
         return None
-    with data.reading(log, "The same train.py command writes it again."):
-        stages = [json.loads(line)["stage"] for line in log.read_text().splitlines()]
-        return stages.count(stages[-1])
+    stages = [json.loads(line)["stage"] for line in log.read_text().splitlines()]
+    return stages.count(stages[-1])
 
 
 def prediction_lines(task: str, split: dict, outputs: dict) -> tuple[tuple, list[tuple]]:
@@ -258,7 +250,7 @@ def predict(model, split: dict, conditions, split_name: str, mask_seed: int = 0,
 def predict_under(model, split: dict, masks: dict, size: int = 256) -> dict:
     """Name -> outputs (N, ...) on the CPU, under each of these masks (name -> stream -> present (N, T_m)).
     Clips go through in batches of similar length, at most `size` at a time, fewer where clips are
-    long, which changes no answer."""
+    long, which changes no answer. The name of a set means its masks: a model with `encode` needs no others."""
     model.eval()
     outputs = {name: [] for name in masks}
     order = sum(split["real"][m].sum(1) for m in STREAMS).argsort(stable=True)
@@ -298,9 +290,9 @@ def represent_sets(model, streams: dict, real: dict) -> dict[str, torch.Tensor]:
     whole, absent, joint = {}, {}, {}
     for m in STREAMS:
         whole[m] = model.encode(m, streams[m], real[m])
-        lengths, clip = real[m].unique(dim=0, return_inverse=True)     # absent, clips of one length are alike
-        zeros = streams[m].new_zeros(len(lengths), *streams[m].shape[1:])
-        absent[m] = model.encode(m, zeros, lengths)[clip]
+        masks, which = real[m].unique(dim=0, return_inverse=True)       # absent, clips of one length are alike
+        zeros = streams[m].new_zeros(len(masks), *streams[m].shape[1:])
+        absent[m] = model.encode(m, zeros, masks)[which]
     for name, available in data.SETS.items():
         parts = [whole[m] if m in available else absent[m] for m in STREAMS]
         joint[name] = torch.cat(parts, dim=-1)
@@ -418,20 +410,18 @@ def fit_linear(loaded: dict, task: str) -> dict | None:
     widths = torch.tensor([4 * train[m].shape[2] for m in STREAMS])
     stream = torch.tensor([1, 2, 4]).repeat_interleave(widths)                      # a column's bit in a set's number
     is_mean = torch.cat([torch.arange(width) < width / 4 for width in widths.tolist()])
-    sets = data.distinct(data.SETS, loaded["lacking"])
-    best_score, best = -math.inf, None
+    candidates = []
     for kept in (is_mean, torch.ones_like(is_mean)):
         for strength in STRENGTHS:
             weight = x.new_zeros(8, y.shape[1], len(stream))
-            for number in range(1, 8):
+            for number in range(1, 8):      # of 0, no stream at all, the mean label remains
                 columns = (kept & (stream & number > 0)).nonzero()[:, 0]
                 equations = products[columns][:, columns] + strength * torch.eye(len(columns)).double()
                 weight[number][:, columns] = torch.linalg.solve(equations, target[columns]).T
-            linear = {"weight": weight, "bias": y_mean - weight @ x_mean, "widths": widths}
-            valid_score = score(evaluate(Linear(task, **linear), task, loaded["valid"], sets, "valid"))
-            if valid_score > best_score:
-                best_score, best = valid_score, linear
-    return best
+            candidates.append({"weight": weight, "bias": y_mean - weight @ x_mean, "widths": widths})
+    sets = data.distinct(data.SETS, loaded["lacking"])
+    return max(candidates, key=lambda linear: score(
+        evaluate(Linear(task, **linear), task, loaded["valid"], sets, "valid")))
 
 
 class Linear(torch.nn.Module):
@@ -489,7 +479,7 @@ class Row(NamedTuple):
     metric: str
     kind: str
     name: str
-    against: str                # what was subtracted: "paper", "linear" or a name; or ""
+    against: str                # what was subtracted: "the paper", "linear" or a name; or ""
     n: int | None               # seeds; None where the number does not vary with them
     mean: np.ndarray
     std: np.ndarray             # over the seeds, ddof 1
@@ -514,7 +504,8 @@ def make_tables(groups: dict) -> list[dict]:
 
 def make_rows(table: dict, reference: str | None, rates: list[float]) -> list[Row]:
     """Every number of the tables on one data set."""
-    weights = draw_weights(next(iter(table.values()))[0]["clips"]["units"])
+    first = next(iter(table.values()))[0]
+    weights = draw_weights(first["clips"]["units"])
     tasks = {runs[0]["run"]["task"]: runs[:1] for runs in table.values()}       # all runs of a task have its baselines
     rows = []
     for metric in METRICS:
@@ -522,21 +513,21 @@ def make_rows(table: dict, reference: str | None, rates: list[float]) -> list[Ro
             rows.append(row_of(metric, "ours", name, "", levels(runs, "conditions", metric, rates)))
         for name, runs in table.items():
             ours, paper = levels(runs, "conditions", metric, rates), reported(runs[0], metric, rates)
-            rows.append(row_of(metric, "paper", name, "", paper[None])._replace(n=None))
-            rows.append(row_of(metric, "difference", name, "the paper", ours - paper)._replace(n=None))
+            rows.append(row_of(metric, "paper", name, "", paper))
+            rows.append(row_of(metric, "difference", name, "the paper", ours - paper))
             against = reference or runs[0]["run"]["method"]
             if against in table and against != name:
                 rows.append(paired(metric, name, against, runs, table[against], "conditions", rates, weights))
             rows.append(paired(metric, name, "linear", runs, runs, "linear", rates, weights))
         for task, one in tasks.items():
             for kind in ("constant", "linear"):
-                rows.append(row_of(metric, kind, task, "", levels(one, kind, metric, rates))._replace(n=None))
+                rows.append(row_of(metric, kind, task, "", levels(one, kind, metric, rates)))
     shares = {}
     for p in map(str, rates):
-        realised = next(iter(table.values()))[0]["conditions"][p]["realised"].values()
+        realised = first["conditions"][p]["realised"].values()
         shares[p] = statistics.fmean(share for share in realised if share is not None)
-    rows.append(row_of("", "realised", "", "", np.array([by_column(shares, rates)]))._replace(n=None))
-    return [row for row in rows if not np.isnan(row.mean).all()]
+    rows.append(row_of("", "realised", "", "", np.array([by_column(shares, rates)])))
+    return [row for row in rows if row and not np.isnan(row.mean).all()]
 
 
 def columns(rates: list[float]) -> list[str]:
@@ -558,12 +549,18 @@ def by_column(values: dict, rates: list[float]) -> list:
     return [values.get(column, math.nan) for column in columns(rates)]
 
 
-def levels(runs: list[dict], part: str, metric: str, rates: list[float]) -> np.ndarray:
-    """(seeds, columns). part: "conditions" (the model's results), "constant" or "linear"."""
+def levels(runs: list[dict], part: str, metric: str, rates: list[float], weights=None) -> np.ndarray:
+    """(seeds, columns). part: "conditions" (the model's results), "constant" or "linear". With weights (draws,
+    clips): on each of the drawn test sets, (seeds, columns, draws)."""
     rows = []
     for result in runs:
         values = {c: cell[metric] for c, cell in result[part].items() if metric in cell}
-        rows.append(by_column(values, rates))
+        if weights is not None:
+            clips, task = result["clips"], result["run"]["task"]
+            for c in values:
+                answer = clips[part][c]
+                values[c] = drawn_metric(metric, task, answer, clips["truth"], weights[:, clips["index"]])
+        rows.append(np.broadcast_arrays(*by_column(values, rates)))
     return np.array(rows, dtype=float)
 
 
@@ -571,35 +568,36 @@ def row_of(metric: str, kind: str, name: str, against: str, numbers: np.ndarray)
     """The row of these numbers (seeds, columns)."""
     none = np.full(numbers.shape[1], math.nan)
     std = numbers.std(0, ddof=1) if len(numbers) > 1 else none
-    return Row(metric, kind, name, against, len(numbers), numbers.mean(0), std, none, none)
+    n = len(numbers) if kind in ("ours", "difference", "paired") else None
+    return Row(metric, kind, name, against, n, numbers.mean(0), std, none, none)
 
 
 def paired(metric: str, name: str, against: str, ours: list[dict], theirs: list[dict], part: str,
-           rates: list[float], weights: np.ndarray) -> Row:
-    """The difference of the model's numbers of `ours` and the numbers `part` of `theirs`, over the seeds
-    that both have."""
-    seeds = {result["run"]["seed"]: result for result in theirs if result[part]}
-    ours = [result for result in ours if result["run"]["seed"] in seeds]
-    theirs = [seeds[result["run"]["seed"]] for result in ours]
-    if not ours:
-        return row_of(metric, "paired", name, against, np.full((1, len(columns(rates))), math.nan))
+           rates: list[float], weights: np.ndarray) -> Row | None:
+    """The difference of the model's numbers of `ours` and the numbers `part` of `theirs`, over the seeds that both
+    have; None where they have none in common."""
+    pairs = [(a, b) for a in ours for b in theirs if a["run"]["seed"] == b["run"]["seed"]]
+    if not pairs:
+        return None
+    ours, theirs = zip(*pairs)
     difference = levels(ours, "conditions", metric, rates) - levels(theirs, part, metric, rates)
     row = row_of(metric, "paired", name, against, difference)
     if metric not in MAIN or np.isnan(row.mean).all():
         return row
-    draws = drawn_levels(ours, "conditions", metric, rates, weights)
-    low, high = interval(draws - drawn_levels(theirs, part, metric, rates, weights))
+    draws = levels(ours, "conditions", metric, rates, weights) - levels(theirs, part, metric, rates, weights)
+    low, high = interval(draws)
     return row._replace(low=low, high=high)
 
 
 def reported(result: dict, metric: str, rates: list[float]) -> np.ndarray:
-    """The paper's number for each column, where it may be compared."""
-    run = result["run"]
-    numbers = METHODS[run["method"]].REPORTED.get(run["dataset"], {}).get(run["ablation"], {}).get(metric, {})
-    if not comparison(result)[0]:
-        numbers = {}
-    values = {**numbers, "0.0": numbers["lav"]} if "lav" in numbers else numbers       # at 0.0 nothing is dropped
-    return np.array([values.get(column, math.nan) for column in columns(rates)])
+    """(1, columns): the paper's numbers, where they may be compared."""
+    run, numbers = result["run"], {}
+    if comparison(result)[0]:
+        reported_of = METHODS[run["method"]].REPORTED.get(run["dataset"], {}).get(run["ablation"], {})
+        numbers = dict(reported_of.get(metric, {}))
+    if "lav" in numbers:
+        numbers["0.0"] = numbers["lav"]         # at 0.0 nothing is dropped
+    return np.array([[numbers.get(column, math.nan) for column in columns(rates)]])
 
 
 def comparison(result: dict) -> tuple[bool, str]:
@@ -615,8 +613,8 @@ def comparison(result: dict) -> tuple[bool, str]:
 # ---------------------------------------------------------------------------------- intervals
 
 def units(ids: list[str], count: int) -> np.ndarray:
-    """For each clip the number of what is drawn with it: of its video, where the ids tell at least VIDEOS of them,
-    since clips of one video are alike; else its own."""
+    """(clips,): the index of the unit that each clip is drawn with: its video, where the ids tell at least VIDEOS of
+    them, since clips of one video are alike; else the clip alone."""
     videos = [data.video_of(clip) for clip in ids]
     if "" in videos or len(set(videos)) < VIDEOS:
         return np.arange(count)
@@ -628,17 +626,6 @@ def draw_weights(units: np.ndarray) -> np.ndarray:
     count = units.max() + 1
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), DRAWS)
     return drawn[:, units].astype(float)
-
-
-def drawn_levels(runs: list[dict], part: str, metric: str, rates: list[float], weights: np.ndarray) -> np.ndarray:
-    """`levels` on each of the drawn test sets: (seeds, columns, DRAWS)."""
-    rows = []
-    for result in runs:
-        clips, task = result["clips"], result["run"]["task"]
-        values = {c: drawn_metric(metric, task, answer, clips["truth"], weights[:, clips["index"]])
-                  for c, answer in clips[part].items()}
-        rows.append([np.broadcast_to(number, len(weights)) for number in by_column(values, rates)])
-    return np.array(rows)
 
 
 def drawn_metric(metric: str, task: str, answer: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -670,78 +657,77 @@ def interval(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # ---------------------------------------------------------------------------------- text, file, figure
 
 def show(table: dict, rows: list[Row], args) -> None:
-    """Print the heading and the tables of one data set; a line that is not true of all groups says of
-    which."""
-    headings = {name: heading(name, runs, args) for name, runs in table.items()}
-    for lines in headings.values():
-        print(lines[0])
-    for line in dict.fromkeys(line for lines in headings.values() for line in lines[1:]):
-        names = [name for name, lines in headings.items() if line in lines]
+    """Print the heading and the tables of one data set; a line that is not true of all groups says of which."""
+    true_of = {}        # line -> names of groups
+    for name, runs in table.items():
+        title, *lines = heading(name, runs, args)
+        print(title)
+        for line in lines:
+            true_of.setdefault(line, []).append(name)
+    for line, names in true_of.items():
         print(line if len(names) == len(table) else f"{line} ({', '.join(names)})")
 
     methods = {runs[0]["run"]["method"] for runs in table.values()}
     own_titles = METHODS[methods.pop()].TABLE if len(methods) == 1 else {}
+    extension = ", an extension: not in the paper" if own_titles else ""
     counts = sorted({row.n for row in rows if row.kind == "ours"})
     seeds = "n = " + " or ".join(map(str, counts))
-    shown = args.rates[::max(1, math.ceil(len(args.rates) / 6))]      # what fits; all are in --csv and --plot
-    rate_titles = {str(p): str(p) for p in shown}
-    if len(args.rates) > 1:
-        rate_titles["area"] = "area"
-    for metric in METRICS if own_titles else ():
-        show_metric(metric, f"the paper's table, {seeds}", rows, own_titles, args)
-    extension = ", an extension: not in the paper" if own_titles else ""
-    for metric in MAIN:
-        show_metric(metric, f"available streams, {seeds}{extension}", rows, TITLES, args)
-    for metric in MAIN if args.rates else ():
+    if own_titles:
+        show_tables(METRICS, f"the paper's table, {seeds}", rows, own_titles, args.rates)
+    show_tables(MAIN, f"available streams, {seeds}{extension}", rows, TITLES, args.rates)
+    if args.rates:
+        fitting = args.rates[::max(1, math.ceil(len(args.rates) / 6))]      # all are in --csv and --plot
+        titles = {str(p): f"{p:.4}" for p in fitting}
+        if len(args.rates) > 1:
+            titles["area"] = "area"
+        not_subtracted = [row for row in rows if not row.against]
         title = f"share of frames dropped in every stream, {seeds}{extension}"
-        show_metric(metric, title, [row for row in rows if not row.against], rate_titles, args)
+        show_tables(MAIN, title, not_subtracted, titles, args.rates)
     print()
     for line in legend(rows, bool(own_titles), table, args):
         print(line)
     print()
 
 
-def show_metric(metric: str, title: str, rows: list[Row], titles: dict, args) -> None:
-    """Print the table of a metric's levels and one of its differences to each row that is subtracted."""
-    rows = [row for row in rows if row.metric == metric]
-    unit = "" if metric in ("MAE", "Corr") else " in %"
-    for against in dict.fromkeys(row.against for row in rows):
-        what = f" minus that of {against}" if against else ""
-        those = [row for row in rows if row.against == against]
-        show_table(f"{metric}{unit}{what}: {title}", those, titles, args.rates)
+def show_tables(metrics: tuple, title: str, rows: list[Row], titles: dict, rates: list[float]) -> None:
+    """Print for each metric the table of its levels and one of its differences to each row that is subtracted."""
+    for metric in metrics:
+        unit = "" if metric in ("MAE", "Corr") else " in %"
+        tables = {}         # what is subtracted -> rows
+        for row in rows:
+            if row.metric == metric:
+                tables.setdefault(row.against, []).append(row)
+        for against, those in tables.items():
+            what = f" minus that of {against}" if against else ""
+            show_table(f"{metric}{unit}{what}: {title}", those, titles, rates)
 
 
 def show_table(title: str, rows: list[Row], titles: dict, rates: list[float]) -> None:
-    """Print these rows, with the columns of `titles` (column -> title), as Markdown of at most 100 columns: the
+    """Print these rows, with the columns of `titles` (column -> title), as Markdown of at most WIDTH columns: the
     mean, and under it the deviation over the seeds."""
     place = [columns(rates).index(column) for column in titles]
+    rows = [row for row in rows if not np.isnan(row.mean[place]).all()]
+    if not rows:
+        return
     tasks = {row.name for row in rows if row.kind == "constant"}
     entries = []        # the label of a row and its one or two lines of numbers
     for row in rows:
-        if np.isnan(row.mean[place]).all():
-            continue
         label = {"paper": f"{row.name}, paper", "constant": "constant", "linear": "linear"}.get(row.kind, row.name)
         if row.kind in ("constant", "linear") and len(tasks) > 1:
             label += f", {row.name}"
         means, deviations = zip(*(cell(row, i) for i in place))
         entries.append((label, [means, deviations] if any(deviations) else [means]))
-    if not entries:
-        return
-    texts = [list(titles.values()), *(line for _, lines in entries for line in lines)]
+    texts = [titles.values(), *(line for _, lines in entries for line in lines)]
     widths = [max(map(len, column)) for column in zip(*texts)]
     room = min(30, WIDTH - 4 - sum(width + 3 for width in widths))      # what is left for the labels
+    line_form = f"| {{:{room}}} | " + " | ".join(f"{{:>{width}}}" for width in widths) + " |"
     print(f"\n{title}\n")
-    print_line("", texts[0], room, widths)
-    print_line("-" * room, ["-" * width for width in widths], room, widths)
+    print(line_form.format("", *titles.values()))
+    print(line_form.format("-" * room, *("-" * width for width in widths)))
     for label, lines in entries:
         parts = [part.replace("_ ", "_") for part in textwrap.wrap(label.replace("_", "_ "), room)]
         for part, line in itertools.zip_longest(parts, lines):
-            print_line(part or "", line or [""] * len(widths), room, widths)
-
-
-def print_line(label: str, texts: list, room: int, widths: list[int]) -> None:
-    cells = [text.rjust(width) for text, width in zip(texts, widths)]
-    print(f"| {label.ljust(room)} | {' | '.join(cells)} |")
+            print(line_form.format(part or "", *(line or [""] * len(widths))))
 
 
 def cell(row: Row, i: int) -> tuple[str, str]:
@@ -759,42 +745,37 @@ def legend(rows: list[Row], own: bool, table: dict, args) -> list[str]:
     """What the tables' words mean, of those that stand in them."""
     metrics, kinds = {row.metric for row in rows}, {row.kind for row in rows}
     tasks = {runs[0]["run"]["task"] for runs in table.values()}
-    lines = []
-    if "F1" in metrics:
-        lines.append("F1 is weighted, of positive against negative clips; those of sentiment 0 are left out.")
-    if "F1 happy" in metrics:
-        lines.append("Each emotion is a decision of its own; its F1 is weighted by yes and no.")
-    if "MAE" in metrics:
-        lines.append("MAE is in units of the label, less is better.")
-    if own:
-        lines.append("has0 counts sentiment 0 as not negative; Acc-7 compares the nearest whole numbers.")
-    lines.append("Avg. is the mean of the sets before it that the data can answer; ± is the deviation over the seeds.")
     answer = " or ".join("the median of the training labels" if task == "regression" else
                          "the class that is commoner in training" for task in sorted(tasks))
-    lines.append(f"constant always answers {answer}.")
-    if "linear" in kinds:
-        lines.append("linear is a ridge regression for each set of streams, on pooled frames of complete clips.")
-    if any(not np.isnan(row.low).all() for row in rows):
-        clips = next(iter(table.values()))[0]["clips"]
-        drawn = "videos" if clips["units"].max() + 1 < len(clips["units"]) else "clips"
-        lines.append("Differences are taken seed by seed. *: the 95 % interval leaves out 0, by "
-                     f"{DRAWS} draws of {drawn} and seeds.")
-        if drawn == "clips":
-            lines.append("It takes clips as independent, which those of one video are not.")
-    if len(args.rates) > 1:
-        lines.append("area is the mean height of the curve over the share of dropped frames.")
-    if 1.0 in args.rates:
-        lines.append("At 1.0 nothing is left of any clip: all clips of one length get the same answer there.")
-    lines.append("-: there is no number. More metrics and rates are in --csv.")
-    return lines
+    starred = any(not np.isnan(row.low).all() for row in rows)
+    unit = next(iter(table.values()))[0]["clips"]["units"]
+    drawn = "videos" if len(set(unit)) < len(unit) else "clips"
+    lines = {
+        "F1 is weighted, of positive against negative clips; those of sentiment 0 are left out.": "F1" in metrics,
+        "Each emotion is a decision of its own; its F1 is weighted by yes and no.": "F1 happy" in metrics,
+        "MAE is in units of the label, less is better.": "MAE" in metrics,
+        "has0 counts sentiment 0 as not negative; Acc-7 compares the nearest whole numbers.":
+            own and "Acc-7" in metrics,
+        "Avg. is the mean of the sets before it that the data can answer; ± is the deviation over the seeds.": True,
+        f"constant always answers {answer}.": True,
+        "linear is a ridge regression for each set of streams, on pooled frames of complete clips.": "linear" in kinds,
+        "Differences are taken seed by seed. *: the 95 % interval leaves out 0, by "
+        f"{DRAWS} draws of {drawn} and seeds.": starred,
+        "It takes clips as independent, which those of one video are not.": starred and drawn == "clips",
+        "area is the mean height of the curve over the share of dropped frames.": len(args.rates) > 1,
+        "At 1.0 nothing is left of any clip: all clips of one length get the same answer there.": 1.0 in args.rates,
+        "-: there is no number. More metrics and rates are in --csv.": True,
+    }
+    return [line for line, stands in lines.items() if stands]
 
 
 def heading(name: str, runs: list[dict], args) -> list[str]:
     """What a row is: whose numbers, on which data, and every reason to read them with care."""
-    run, source = runs[0]["run"], runs[0]["data"]
+    first = runs[0]
+    run, source = first["run"], first["data"]
     module, config = METHODS[run["method"]], run["config"]
     seeds = " ".join(str(result["run"]["seed"]) for result in runs)
-    where = runs[0]["dataset"] if "," in runs[0]["dataset"] else f"on {run['dataset']}"
+    where = first["dataset"] if "," in first["dataset"] else f"on {run['dataset']}"
     lines = [f"{name} {where}, {args.split} split, seeds {data.printable(seeds)}, mask seed {args.mask_seed}"]
     lines.append(f"data: {data.identity(source)}")
     if source["synthetic"]:
@@ -802,14 +783,14 @@ def heading(name: str, runs: list[dict], args) -> list[str]:
     if run["method"] == "double_flow":
         origin = "from the data" if data.SIMULATED in run["dims"] else "learned from audio"
         lines.append(f"simulated text: {origin}")
-    notes = [*source["notes"], comparison(runs[0])[1]]
-    if absent := [m for m in run["lacking"] if m not in runs[0]["lacking"]]:
+    notes = [*source["notes"], comparison(first)[1]]
+    if absent := [m for m in run["lacking"] if m not in first["lacking"]]:
         notes.append(f"training had no {' and no '.join(absent)}: a set with it is not answered")
-    if not runs[0]["linear"]:
+    if not first["linear"]:
         notes.append("no linear row: it is not fitted on feature folders")
     usual = asdict(replace(module.PAPER[run["dataset"]], **module.ABLATIONS.get(run["ablation"], {})))
     changed = [f"{k} {v}" for k, v in config.items() if v != usual[k] and k != "aligned"]
-    if not run["normalize"] and runs[0]["linear"]:      # feature folders never are
+    if not run["normalize"] and first["linear"]:      # feature folders never are
         changed.append("features not standardised")
     if changed:
         notes.append(f"other settings than the defaults: {', '.join(changed)}")
@@ -817,10 +798,9 @@ def heading(name: str, runs: list[dict], args) -> list[str]:
         seed, epochs = result["run"]["seed"], result["epochs_run"]
         if epochs not in (None, config["epochs"]):
             notes.append(f"seed {seed} was stopped after {epochs} of {config['epochs']} epochs")
-    lines += [f"note: {note}" for note in notes if note]
     if source["sha256"] != run["data"]["sha256"]:
-        lines.append("note: this is not the file that the runs were trained on")
-    return lines
+        notes.append("this is not the file that the runs were trained on")
+    return lines + [f"note: {note}" for note in notes if note]
 
 
 CSV_HEADER = ("dataset", "synthetic", "data", "table", "metric", "kind", "name", "column", "mean", "std", "n",
@@ -834,12 +814,11 @@ def csv_lines(table: dict, rows: list[Row], rates: list[float]) -> list[tuple]:
     lines = []
     for row in rows:
         name = f"{row.name} - {row.against}" if row.kind == "paired" else row.name
-        for i, column in enumerate(columns(rates)):
-            numbers = [row.mean[i], row.std[i], row.n, row.low[i], row.high[i]]
-            if not math.isnan(row.mean[i]):
+        for column, *numbers in zip(columns(rates), row.mean, row.std, row.low, row.high):
+            mean, std, low, high = ("" if math.isnan(number) else number for number in numbers)
+            if mean != "":
                 part = "sets" if column in TITLES else "rates"
-                texts = ["" if number is None or math.isnan(number) else number for number in numbers]
-                lines.append((*about, part, row.metric, row.kind, name, column, *texts))
+                lines.append((*about, part, row.metric, row.kind, name, column, mean, std, row.n, low, high))
     return lines
 
 
@@ -866,8 +845,7 @@ def plot(path: Path, tables: list[tuple], args) -> None:
 def figure_class(path: Path):
     """matplotlib's Figure; not pyplot, which would take a notebook's backend."""
     try:
-        with mock.patch.dict(os.environ, MPLBACKEND="agg"):     # a notebook names one of its own
-            from matplotlib.figure import Figure
+        from matplotlib.figure import Figure
         return Figure
     except ImportError:
         raise DataError(f"--plot {path} needs matplotlib, which is not installed: pip install matplotlib.") from None
@@ -875,37 +853,31 @@ def figure_class(path: Path):
 
 def draw(axis, table: dict, rows: list[Row], metric: str, args) -> None:
     """Curves over the share of dropped frames: a line for each group, a band of one standard deviation
-    over the seeds, a star for the paper's number, the baselines in grey."""
+    over the seeds, a star for the paper's number, the baselines in black."""
     place = [columns(args.rates).index(str(p)) for p in args.rates]
+    colors = {name: f"C{i}" for i, name in enumerate(table)}
     for row in rows:
         if row.metric != metric or row.against:
             continue
         mean, std = row.mean[place], row.std[place]
-        color = COLORS[list(table).index(row.name) % len(COLORS)] if row.name in table else "grey"     # in every panel
-        if row.kind == "paper":
-            complete = row.mean[columns(args.rates).index("lav")]
-            if not math.isnan(complete):
-                axis.plot(0, complete, "*", color=color, markersize=12, label=f"{row.name}, paper")
-            continue
-        label = f"{row.kind}, {row.name}"
         if row.kind == "ours":
             label = f"{row.name}, {row.n} seed{'s' if row.n > 1 else ''}"
-        axis.plot(args.rates, mean, {"ours": "o-", "constant": ":", "linear": "--"}[row.kind], color=color, label=label)
-        if row.kind == "ours" and row.n > 1:
-            axis.fill_between(args.rates, mean - std, mean + std, color=color, alpha=.15)
+            axis.plot(args.rates, mean, "o-", color=colors[row.name], label=label)
+            axis.fill_between(args.rates, mean - std, mean + std, color=colors[row.name], alpha=.15)
+        elif row.kind == "paper":
+            complete = row.mean[columns(args.rates).index("lav")]
+            if not math.isnan(complete):        # of some ablations the paper says Avg. alone
+                axis.plot(0, complete, "*", color=colors[row.name], markersize=12, label=f"{row.name}, paper")
+        else:
+            style = {"constant": ":", "linear": "--"}[row.kind]
+            axis.plot(args.rates, mean, style, color="black", label=f"{row.kind}, {row.name}")
     first = next(iter(table.values()))[0]
-    clips = first["conditions"]["lav"]["n"]
-    # A panel is at least ten standard errors high, of a share of so many clips or of a mean error whose
-    # deviation is 1: in a narrower one the noise of a small split would look like a shape.
-    height = (10 if metric == "MAE" else 500) / math.sqrt(clips)
-    low, high = axis.get_ylim()
-    spare = max(0, height - (high - low)) / 2
     methods = ", ".join(dict.fromkeys(runs[0]["run"]["method"] for runs in table.values()))
     synthetic = ", SYNTHETIC" if first["data"]["synthetic"] else ""
+    clips = first["conditions"]["lav"]["n"]
     axis.set_title(f"{methods} on {first['dataset']}{synthetic}\n{args.split} split, {clips} clips")
     axis.set_xlabel("share of frames dropped, p")
     axis.set_ylabel("MAE, less is better" if metric == "MAE" else f"weighted {metric} (%)")
-    axis.set_ylim(low - spare, high + spare)
     axis.legend(fontsize=7)
 
 
@@ -923,20 +895,20 @@ def run_folders(paths: list[Path]) -> list[Path]:
     return sorted(folders)
 
 
-def check_groups(runs: dict, reference: str | None) -> None:
+def check_groups(checkpoints: dict, reference: str | None) -> None:
     """A DataError if runs in one folder differ in more than their seed, or not even in that, or none is called as
-    the reference; runs: folder -> record."""
+    the reference; checkpoints: run folder -> checkpoint."""
     groups = {}
-    for folder, run in runs.items():
-        groups.setdefault(folder.parent, []).append(run)
-    for folder, (first, *others) in groups.items():
-        for other in others:
-            if differ := [name for name in differences(first, other) if name != "seed"]:
-                raise DataError(f"The runs in {folder} are not seeds of one run: they differ in "
-                                f"{', '.join(differ)}. Evaluate them one by one.")
-        if len({run["seed"] for run in (first, *others)}) <= len(others):
+    for folder, checkpoint in checkpoints.items():
+        groups.setdefault(folder.parent, []).append(checkpoint["run"])
+    for folder, runs in groups.items():
+        differ = {name for run in runs for name in differences(runs[0], run)} - {"seed"}
+        if differ:
+            raise DataError(f"The runs in {folder} are not seeds of one run: they differ in "
+                            f"{', '.join(sorted(differ))}. Evaluate them one by one.")
+        if len({run["seed"] for run in runs}) < len(runs):
             raise DataError(f"Two runs in {folder} have the same seed: name only one of them.")
-    names = sorted({group_name(group[0]) for group in groups.values()})
+    names = sorted({group_name(runs[0]) for runs in groups.values()})
     if reference and reference not in names:
         raise DataError(f"--reference {reference}: the runs are of {', '.join(names)}.")
 
@@ -954,7 +926,7 @@ def group_name(run: dict) -> str:
 
 def device_named(name: str) -> torch.device:
     """The device of --device, "auto" being CUDA where there is one; a DataError if the machine has none
-    of this name."""
+    of this name. It also turns TF32 convolutions off, for the whole process."""
     torch.backends.cudnn.allow_tf32 = False     # a convolution would differ from the CPU's by 1e-3
     try:
         if name == "auto":
@@ -986,13 +958,10 @@ def build(run: dict, weights: dict, path: Path, device) -> torch.nn.Module:
     a DataError."""
     with data.reading(path, AGAIN):
         module = METHODS[run["method"]]
-        config = module.Config(**run["config"])
-        with torch.device("meta"):      # a record may claim a width that no memory holds: only its shapes are made
-            claimed = module.Model(run["dims"], run["task"], config).state_dict()
-        shapes, expected = ({name: value.shape for name, value in each.items()} for each in (weights, claimed))
-        if shapes != expected:
-            raise pickle.UnpicklingError("its weights are not of the shapes that its settings ask for")
-        model = module.Model(run["dims"], run["task"], config)
+        arguments = run["dims"], run["task"], module.Config(**run["config"])
+        with torch.device("meta"):      # a record may claim a width that no memory holds: shapes are compared first
+            module.Model(*arguments).load_state_dict(weights, assign=True)
+        model = module.Model(*arguments)
         model.load_state_dict(weights)
         return model.to(device).eval()
 

@@ -7,7 +7,7 @@
 Each stage of a method ends with the epoch that is best on validation. An interrupted run goes on by the same
 command, on the same machine with the same number of threads to the same numbers (on CUDA with --deterministic).
 A run is a folder, of the form
-<out>/<dataset>[-synthetic]/<method>[-<ablation>]/s<seed>/, with
+<out>/<dataset>[-synthetic]/<method>[-<ablation>]/s<seed>/ (sofficial with --official), with
 
     config.json   what the run is, and the command, code and machine that began it
     log.jsonl     one line an epoch: its loss terms, its numbers on validation, the best epoch so far
@@ -22,6 +22,16 @@ A run is a folder, of the form
                     epoch   in which epoch of the last stage these weights were best; None with --official
                     model   the weights, of CorrKD those of teacher, student and critics
 
+The features that Double-Flow's authors give (see the README) are folders; with --official FILE, their checkpoint,
+nothing is trained, without it all is (not run here: their addresses cannot be reached from our machines):
+
+    python train.py --method double_flow --dataset mosei --labels label_official.npz --out runs/official --features \\
+        text=features_mosei/vicuna-7b-v1.5-FRA-wavlm2vicuna-half-gt audio=features_mosei/wavlm-large-FRA_-5 \\
+        vision=features_mosei/manet_FRA \\
+        "simulated_text=features_mosei/vicuna-7b-v1.5-FRA-wavlm2vicuna-half-wav+prompt[take_generate_wordembed_-4]" \\
+        --official mosei_mult-view_kd_full_0.5060_0.5503.pt
+    python eval.py runs/official/mosei/double_flow
+
 Runs are independent of each other, so the shell runs several side by side, and a cluster many:
 
     printf '%s\\n' 1111 1112 1113 1114 1115 | OMP_NUM_THREADS=1 xargs -P 5 -n 1 \\
@@ -33,6 +43,7 @@ Runs are independent of each other, so the shell runs several side by side, and 
 import argparse
 import io
 import json
+import math
 import os
 import platform
 import shlex
@@ -64,6 +75,8 @@ def train_all(args) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # without it CUDA's matrix products refuse
     torch.use_deterministic_algorithms(args.deterministic)
     device = device_named(args.device)
+    for ablation in args.ablate:
+        changes_of(args.method, ablation)       # a misspelled one is told now, not after the data is read
     load = {name: vars(args)[name] for name in ("data_dir", "synthetic", "features", "labels")}
     loaded = data.load(args.dataset, splits=("train", "valid"), device=device, normalize=args.normalize,
                        limit=args.limit, **load)
@@ -127,8 +140,8 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
             valid = evaluate(model, run["task"], loaded["valid"], sets, "valid")
 
             better = epoch == 0 or score(valid) > state["best"]["score"]
-            if better:      # a copy: the weights themselves go on changing
-                weights = {key: value.clone() for key, value in model.state_dict().items()}
+            if better:      # a copy, as the weights go on changing; on the CPU, so that any machine reads model.pt
+                weights = {key: value.to("cpu", copy=True) for key, value in model.state_dict().items()}
                 state["best"] = {"score": score(valid), "epoch": epoch + 1, "weights": weights}
             line = {"stage": stage, "epoch": epoch + 1, "best": state["best"]["epoch"],
                     "losses": losses, "valid": valid}
@@ -187,8 +200,7 @@ def train_epoch(model, optimizer, split: dict, index, truth, teacher, config, ge
     rows of `teacher`. Returns the mean of each loss term."""
     model.train()
     parameters = optimizer.param_groups[0]["params"]
-    real = {m: split["real"][m][index] for m in data.STREAMS}
-    order = data.batches(real, config.batch_size, generator)
+    order = data.batches({m: split["real"][m][index] for m in data.STREAMS}, config.batch_size, generator)
     step_losses = []
     for rows in tqdm(order, desc=name, unit="step", leave=False, disable=None):
         complete, missing, real = data.batch(split, index[rows], generator)
@@ -218,14 +230,16 @@ def loss_text(losses: dict) -> str:
 def valid_text(valid: dict) -> str:
     sets = "complete clips" if list(valid) == ["lav"] else f"mean of {len(valid)} sets"
     regresses = any("MAE" in cell for cell in valid.values())
-    number = f"MAE {-score(valid):.4f}" if regresses else f"F1 {score(valid):.2f}"
+    one_class = any(math.isnan(cell.get("F1", 0)) for cell in valid.values())       # see score
+    number = f"MAE {-score(valid):.4f}" if regresses else f"{'Acc-2' if one_class else 'F1'} {score(valid):.2f}"
     return f"valid, {sets}: {number}"
 
 
 # ---------------------------------------------------------------------------------- what a run is
 
 def describe(args, ablation: str, seed, loaded: dict) -> dict:
-    """The record of one run. Two runs whose records are equal are the same run."""
+    """The record of one run. Two runs whose records are equal are the same run. seed: a number, or "official" where
+    nothing is trained. DataError if the method refuses its settings."""
     module = METHODS[args.method]
     task = module.TASKS[args.dataset]
     flags = {name: vars(args)[name] for name in ("epochs", "batch_size", "lr") if vars(args)[name] is not None}
@@ -233,7 +247,7 @@ def describe(args, ablation: str, seed, loaded: dict) -> dict:
     config = replace(module.PAPER[args.dataset], aligned=loaded["aligned"], **{**flags, **changes})
     source = loaded["source"]
     try:
-        with torch.device("meta"):
+        with torch.device("meta"):      # no memory: only to hear now what Model refuses
             module.Model(loaded["dims"], task, config)
     except ValueError as error:
         raise DataError(f"{args.method} {ablation}: {error}.") from None
@@ -412,7 +426,8 @@ def parse(argv=None) -> argparse.Namespace:
         help="a run for each (default: 1111 1112 1113 1114 1115)")
     add("--epochs", type=number(int, 1, 2**31), metavar="N", help="of each stage (default: PAPER in the method's file)")
     add("--batch-size", type=number(int, 1, 2**31), metavar="N", help="default: PAPER in the method's file")
-    add("--lr", type=number(float, 1e-37, 1e37), metavar="X", help="learning rate of Adam (default: PAPER in the method's file)")
+    add("--lr", type=number(float, 1e-37, 1e37), metavar="X",
+        help="learning rate of Adam (default: PAPER in the method's file)")
     add("--ablate", nargs="+", default=[""], metavar="NAME",
         help="a run for each NAME instead of the full method, whose own name is \"\"; all: it and each name of "
         + "; ".join(f"{name}: {', '.join(module.ABLATIONS)}" for name, module in METHODS.items())
@@ -422,7 +437,8 @@ def parse(argv=None) -> argparse.Namespace:
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--out", type=Path, default=Path("runs"), help="folder for the run folders (default: runs)")
     add("--no-resume", action="store_true", help="start over instead of going on where a run stopped")
-    add("--limit", type=number(int, 1, 2**31), metavar="N", help="only the first N clips of each split, for a quick look")
+    add("--limit", type=number(int, 1, 2**31), metavar="N",
+        help="only the first N clips of each split, for a quick look")
     add("--deterministic", action="store_true",
         help="let CUDA repeat every number bit for bit, as a CPU does anyway; slower")
     args = parser.parse_args(argv)
@@ -439,11 +455,6 @@ def parse(argv=None) -> argparse.Namespace:
         args.ablate = ["", *METHODS[args.method].ABLATIONS, *args.ablate]
     args.ablate = [name for name in dict.fromkeys(args.ablate) if name != "all"]
     args.seeds = list(dict.fromkeys(args.seeds))
-    try:
-        for name in args.ablate:
-            changes_of(args.method, name)
-    except DataError as error:
-        parser.error(str(error))
     return args
 
 
@@ -462,6 +473,7 @@ def number(kind: type, least, most):
         if not least <= kind(text) <= most:
             raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
         return kind(text)
+    checked.__name__ = kind.__name__        # argparse says it: invalid int value
     return checked
 
 
