@@ -185,6 +185,8 @@ def test_predictions_are_those_of_one_full_pass_for_each_condition(tmp_path, len
         torch.testing.assert_close(first[condition], whole[condition], rtol=0, atol=1e-6)
         assert torch.equal(first[condition], again[condition])
     assert not torch.equal(evaluation.predict(model, split, [.3], "test", mask_seed=1)[.3], whole[.3])
+    shares = [data.realised(data.evaluation_masks(split["real"], .3, "test", k), split["real"]) for k in (0, 1)]
+    assert evaluation.evaluate(model, "polarity", split, [.3], "test", 1)["0.3"]["realised"] == shares[1] != shares[0]
 
 
 @pytest.mark.parametrize("four, noise", [(False, 2), (True, 0)])
@@ -195,6 +197,7 @@ def test_the_linear_baseline_is_a_ridge_regression_for_each_set_of_streams(tmp_p
     for split in SPLITS if four else ():
         loaded[split]["label"] = loaded[split]["audio"][..., 0].amax(1) + loaded[split]["vision"][..., 1].amin(1)
     loaded["valid"]["label"] += noise * torch.randn(40, generator=torch.Generator().manual_seed(0))
+    loaded["test"]["vision"][..., 2] = 0        # a number of each frame, not the frame, is 0
     loaded["valid"]["audio"] *= .3
     got = evaluation.fit_linear(loaded, "regression")
 
@@ -216,7 +219,8 @@ def test_the_linear_baseline_is_a_ridge_regression_for_each_set_of_streams(tmp_p
         centred = x - x.mean(0)
         w = np.linalg.solve(centred.T @ centred + strength * np.eye(x.shape[1]), centred.T @ (y - y.mean()))
         return (plain(name, condition, available, pooled) - x.mean(0)) @ w + y.mean()
-    choices, errors = [(pooled, strength) for pooled in (False, True) for strength in evaluation.STRENGTHS], []
+    choices, errors = [(pooled, 10. ** power) for pooled in (False, True) for power in range(5, -1, -1)], []
+    assert evaluation.STRENGTHS == tuple(strength for _, strength in choices[:6])
     for choice in choices:
         errors.append([sum(abs(answer(name, c, data.SETS[c], *choice) - loaded[name]["label"].numpy()).mean()
                            for c in sets) for name, sets in (("valid", data.SETS), ("train", data.SETS),
@@ -229,6 +233,16 @@ def test_the_linear_baseline_is_a_ridge_regression_for_each_set_of_streams(tmp_p
         available = data.SETS.get(condition, STREAMS)
         expected = answer("test", condition, available, *choices[best])
         np.testing.assert_allclose(output[condition][:, 0], expected, rtol=0, atol=1e-6)
+    nothing_left = evaluation.predict(model, loaded["test"], [1.0], "test")[1.0]
+    torch.testing.assert_close(nothing_left, loaded["train"]["label"].double().mean().expand(40, 1))
+
+
+def test_a_draw_of_each_clip_once_gives_the_difference_itself(copied, monkeypatch, capsys):
+    """Of one seed; a clip of sentiment 0 does not count."""
+    monkeypatch.setattr(evaluation, "draw_weights", lambda units: np.ones((2, len(units))))
+    shown(capsys, copied[0], *RATES, "--csv", copied[0] / "t.csv")
+    lines = [[float(x[name]) for name in ("low", "mean", "high")] for x in read_csv(copied[0] / "t.csv") if x["low"]]
+    assert len(lines) == 12 and all(low == pytest.approx(mean) == high for low, mean, high in lines)
 
 
 def test_the_linear_baseline_never_leaves_the_cpu(tmp_path, monkeypatch):
@@ -257,10 +271,10 @@ def nested(record, **changes):
 
 @pytest.mark.parametrize("change, said", [
     ({"format": 3}, "another version"),
-    ({"width": 3_000_000}, "not of the shapes that its settings ask for"),
+    ({"width": 3_000_000}, "not as this train.py writes it"),
     ({"dims": {"text": 2 ** 40, "audio": 4, "vision": 3}}, "trained on {'text': 1099511627776"),
     ({"heads": 0}, "not as this train.py writes it"),
-    ("no weights", "not of the shapes that its settings ask for")])
+    ("no weights", "not as this train.py writes it")])
 def test_a_checkpoint_that_does_not_hold_is_refused_in_a_sentence(copied, change, said, capsys):
     """At once: a record alone asks for no memory and no time."""
     folder, checkpoint = copied
@@ -551,7 +565,6 @@ def test_clips_without_labels_are_answered(copied, tmp_path, form, capsys):
     if form == "no labels":
         del made["test"]["labels"]
     before = read_csv(folder / "predictions.csv")
-    (folder / "results.json").unlink()
     out, _ = shown(capsys, folder, *RATES, "--data-dir", written(tmp_path / "mine", made),
                    "--csv", tmp_path / "t.csv")
     first, second, third = out.splitlines()
@@ -676,11 +689,10 @@ def test_the_figure_has_a_panel_for_each_metric(trained, tmp_path, comparable, m
     lines = {line.get_label(): line for line in axis.get_lines()}
     baselines = {"constant, polarity", "linear, polarity"}
     assert set(lines) == {"corrkd, 2 seeds", "corrkd no_scd, 2 seeds", "corrkd, paper", *baselines}
-    assert {label for label, line in lines.items() if line.get_color() == "grey"} == baselines
+    assert {label for label, line in lines.items() if line.get_color() == "black"} == baselines
     found = [results(trained / f"runs/mosi/corrkd/s{s}")["conditions"] for s in (1, 2)]
     found = np.array([[one[p]["F1"] for p in ("0.0", "0.5", "0.8")] for one in found])
     np.testing.assert_allclose(lines["corrkd, 2 seeds"].get_data(), ([0, .5, .8], found.mean(0)))
     top = axis.collections[0].get_paths()[0].vertices[:, 1].max()
     assert top == pytest.approx((found.mean(0) + found.std(0, ddof=1)).max()) and axis.get_ylabel() == "weighted F1 (%)"
     assert lines["corrkd, paper"].get_data()[1] == 83.94 and len(axis.collections) == 2
-    assert np.ptp(axis.get_ylim()) >= 500 / 19 ** .5 - 1e-9     # noise of few clips fills no panel

@@ -46,13 +46,18 @@ def test_a_table_fits_on_a_screen_with_all_ablations_and_five_seeds(trained, mon
     assert max(map(len, lines)) <= 100 and any("complete_to_" in line for line in lines)
     out = printed(capsys, trained / "runs")
     assert all(len(line) <= 100 for line in out.splitlines() if line.startswith("|"))
+    assert re.search(r"\| +0.0 \| +0.2 \| +0.4 \| +0.6 \| +0.8 \| +1.0 \| +area \|\n", out)
     assert "| corrkd " in out and "margin=1.0,dropout=0.2" in out and "| 0.0 |" not in out.splitlines()[0]
 
 
 def test_a_star_stands_where_the_interval_leaves_out_0():
-    row = evaluation.row_of("F1", "paired", "x", "linear", np.array([[1.234, -2.0, np.nan], [1.234, -3.0, np.nan]]))
-    row = row._replace(low=np.array([.1, -4.0, np.nan]), high=np.array([2.0, .1, np.nan]))
-    assert [evaluation.cell(row, i) for i in range(3)] == [("+1.23*", "±0.00"), ("-2.50", "±0.71"), ("-", "")]
+    numbers = np.array([[1.234, -2.0, -7.0, np.nan], [1.234, -3.0, -7.0, np.nan], [1.234, -7.0, -7.0, np.nan]])
+    row = evaluation.row_of("F1", "paired", "x", "linear", numbers)
+    row = row._replace(low=np.array([.1, -4.0, -8.0, np.nan]), high=np.array([2.0, .1, -.1, np.nan]))
+    texts = [("+1.23*", "±0.00"), ("-4.00", "±2.65"), ("-7.00*", "±0.00"), ("-", "")]
+    assert [evaluation.cell(row, i) for i in range(4)] == texts
+    mae = evaluation.row_of("MAE", "paired", "x", "linear", np.array([[1.23456]]))
+    assert evaluation.cell(mae, 0) == ("+1.235", "")
     mae = evaluation.row_of("MAE", "ours", "x", "", np.array([[1.23456]]))
     assert evaluation.cell(mae, 0) == ("1.2346", "")
 
@@ -65,6 +70,10 @@ def test_the_legend_explains_what_stands_in_the_tables_and_nothing_else(trained,
         assert present in out
     last = out.splitlines()[-1]
     assert "results.json" in last and "predictions.csv" in last and str(trained / "runs/mosi/corrkd") in last
+    made = learnable(n=24)
+    made["test"]["id"] = [f"v{min(i, 20)}_{i}" for i in range(24)]
+    out = printed(capsys, trained / "runs", "--no-rates", "--data-dir", written(trained / "videos", made))
+    assert "1000 draws of videos and seeds" in out and "as independent" not in out
     out = printed(capsys, trained / "runs/mosi/corrkd/s1", "--rates", "0", "1")
     assert "area is" in out and "At 1.0" in out
 
@@ -82,10 +91,10 @@ def test_results_are_json_that_strict_readers_take(trained, monkeypatch, capsys)
 
 # ------------------------------------------------------------------------------------- intervals
 
-def made_up(task, truth, answers_of, seed, units=None):
-    """What evaluate_run hands to the tables, of these answers to one condition."""
+def made_up(task, truth, answers_of, seed, units=None, index=None):
+    """What evaluate_run hands to the tables, of these answers to one condition; index: the clips that count."""
     metrics = {c: evaluation.metrics(task, answer, truth) for c, answer in answers_of.items()}
-    clips = {"truth": truth, "index": np.arange(len(truth)), "conditions": answers_of,
+    clips = {"truth": truth, "index": np.arange(len(truth)) if index is None else index, "conditions": answers_of,
              "units": np.arange(len(truth)) if units is None else units}
     return {"run": {"seed": seed, "task": task}, "conditions": metrics, "clips": clips}
 
@@ -97,8 +106,8 @@ def test_a_draw_of_clips_has_the_metric_of_the_clips_that_it_repeats(task, metri
     shape = (40, 4) if task == "emotions" else 40
     truth, answer = (rng.integers(0, 2, shape) for _ in range(2))
     if task == "regression":
-        truth, answer = rng.integers(-3, 4, 40).astype(float), rng.normal(size=40)
-    weights = evaluation.draw_weights(np.arange(40))[:20]
+        truth, answer = rng.integers(-3, 4, 40).astype(float), rng.normal(size=40) * (np.arange(40) % 8 > 0)
+    weights = evaluation.draw_weights(np.arange(40) // 3)[:20]      # whose sums differ
     drawn = evaluation.drawn_metric(metric, task, answer, truth, weights)
     for number, counts in zip(drawn, weights.astype(int)):
         again = evaluation.metrics(task, np.repeat(answer, counts, 0), np.repeat(truth, counts, 0))
@@ -106,21 +115,23 @@ def test_a_draw_of_clips_has_the_metric_of_the_clips_that_it_repeats(task, metri
 
 
 def test_an_interval_is_that_of_a_plain_loop_over_draws_of_clips_and_seeds():
-    """Both sides of a difference get the same clips; videos are drawn whole."""
-    rng, units = np.random.default_rng(3), np.arange(30) // 3
-    truth = rng.normal(size=30)
-    ours, theirs = ([made_up("regression", truth, {c: truth + rng.normal(size=30) for c in "la"}, seed, units)
-                     for seed in range(3)] for _ in range(2))
+    """Both sides of a difference get the same clips, some of them hard for both; videos are drawn whole, and the first
+    has no clip that counts."""
+    rng, units, index = np.random.default_rng(3), np.arange(33) // 3, np.arange(3, 33)
+    truth, hard = rng.normal(size=(2, 30)) * [[1], [3]]
+    ours, theirs = ([made_up("regression", truth, {c: truth + hard + size * rng.normal(size=30) for c in "la"}, seed,
+                             units, index) for seed in range(3)] for size in (.5, 1))
     row = evaluation.paired("MAE", "x", "y", ours, theirs, "conditions", [], evaluation.draw_weights(units))
     draw, means = np.random.default_rng(9), []
     for _ in range(4000):
-        clips = np.concatenate([3 * video + np.arange(3) for video in draw.integers(0, 10, 10)])
+        clips = np.concatenate([3 * video - 3 + np.arange(3) for video in draw.integers(0, 11, 11) if video])
         seeds = draw.integers(0, 3, 3)
         errors = [[abs(side[seed]["clips"]["conditions"][c] - truth)[clips].mean() for seed in seeds for c in "la"]
                   for side in (ours, theirs)]
         means.append(np.mean(errors[0]) - np.mean(errors[1]))
     average = evaluation.columns([]).index("avg")
-    assert (row.low[average], row.high[average]) == pytest.approx(np.percentile(means, (2.5, 97.5)), abs=.03)
+    low, high = np.percentile(means, (2.5, 97.5))
+    assert (row.low[average], row.high[average]) == pytest.approx((low, high), abs=.05 * (high - low))
 
 
 def test_an_interval_holds_the_true_difference_about_nineteen_times_in_twenty(monkeypatch):
@@ -154,4 +165,5 @@ def test_whole_videos_are_drawn_where_the_ids_tell_enough_of_them():
         assert evaluation.units(few, 60).tolist() == list(range(60))
     weights = evaluation.draw_weights(units)
     assert (weights[:, 0] == weights[:, 1]).all() and (weights[:, 0] != weights[:, 3]).any()
+    assert (weights == evaluation.draw_weights(units)).all()        # the same ones in every evaluation
     assert weights.sum(1).tolist() == [60] * evaluation.DRAWS

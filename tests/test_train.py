@@ -387,13 +387,14 @@ def test_all_nine_pairs_of_method_and_data_set_take_their_own_settings(tmp_path,
     assert adam["lr"] == listed.lr / (5 if method == "double_flow" else 1)      # whose first epoch is a warm-up
 
 
-def test_a_validation_split_of_one_class_and_a_stream_that_one_split_lacks(tmp_path):
+def test_a_validation_split_of_one_class_and_a_stream_that_one_split_lacks(tmp_path, capsys):
     made = learnable(lengths=(8, 12, 10))
     made["valid"]["labels"] = abs(made["valid"]["labels"])
     made["valid"]["vision"][:] = 0
     written(tmp_path / "data", made)
     assert run(tmp_path, epochs="1") == 0
     assert set(history(tmp_path)[-1]["valid"]) == {"l", "a", "la"}      # {l,a,v} is {l,a}, which counts once
+    assert "valid, mean of 3 sets: Acc-2 " in capsys.readouterr().out
 
 
 def test_settings_are_a_run_each_which_is_compared_with_the_full_method(tmp_path, capsys):
@@ -552,21 +553,32 @@ def test_every_command_of_the_readme_is_understood():
         assert {"train.py": train, "eval.py": evaluation}[name].parse(words), words
 
 
-def test_the_readmes_script_answers_as_the_programs_do(tmp_path, monkeypatch):
+@pytest.mark.parametrize("flag", [(), ("--no-normalize",)])
+def test_the_readmes_section_on_own_clips_does_what_it_says(tmp_path, monkeypatch, flag):
+    """Its commands and its script as they stand, but for one epoch and one seed; the script answers as eval.py does."""
     monkeypatch.chdir(tmp_path)
-    written(tmp_path / "data", {**learnable(n=20), "SYNTHETIC": "made up"})
     written(tmp_path, learnable(n=20), "mine.pkl")
-    assert run_main("--method", "corrkd", "--dataset", "mosi", "--epochs", "1", "--seeds", "1111") == 0
-    assert evaluation.main(["runs/mosi-synthetic/corrkd", "--data-dir", "mine.pkl", "--no-rates"]) == 0
-    readme = (ROOT / "README.md").read_text()
-    script = readme.split("```python\n")[2].split("```")[0]
+    written(tmp_path, {"test": {m: x for m, x in learnable(n=20)["test"].items() if m != "labels"}}, "new.pkl")
+    section = (ROOT / "README.md").read_text().split("## Your own clips")[1].split("\n## ")[0]
+    commands = re.findall(r"^python (\S+) (.*)$", section, re.MULTILINE)
+    assert [name for name, _ in commands] == ["train.py", "eval.py", "train.py"]
+    for name, words in commands:
+        if name == "train.py":
+            assert run_main(*shlex.split(words), "--epochs", "1", "--seeds", "1111", *flag) == 0
+        else:
+            assert evaluation.main(shlex.split(words)) == 0
     names = {}
-    exec(script, names)
-    with open("runs/mosi-synthetic/corrkd/s1111/predictions.csv") as file:
+    exec(section.split("```python\n")[1].split("```")[0], names)
+    with open("runs/mine/mosi/corrkd/s1111/predictions.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["condition"] == "lav"]
     expected = torch.tensor([float(row["probability"]) for row in rows])
     torch.testing.assert_close(names["probability"], expected, rtol=0, atol=1e-6)
+    assert os.path.exists("runs/mine/mosi/corrkd-layers=3,dropout=0.2/s1111/model.pt")
 
 
 def test_the_readmes_losses_run_as_they_stand():
-    exec((ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0], {})
+    first, second = (ROOT / "README.md").read_text().split("```python\n")[1:3]
+    names = {}
+    exec(first.split("```")[0], names)
+    exec(second.split("```")[0], names)
+    assert all(names[loss].isfinite() for loss in ("scd", "cpd", "rcd", "rep", "rnc"))
