@@ -31,7 +31,8 @@ DIFFERENCES = [         # ours, what is subtracted, column; {name} is its folder
 
 def collect(folders: dict) -> None:
     """file/form/seed -> answers (sets, clips): classes as bits, sentiments as float16; linear has seed 0."""
-    arrays, about = {}, {"commit": train.commit(), "torch": torch.__version__, "processor": platform.processor() or platform.machine()}
+    arrays, about = {}, {"commit": train.commit(), "torch": torch.__version__,
+                         "processor": platform.processor() or platform.machine()}
     for file, folder in folders.items():
         loaded = None
         for path in sorted(Path(folder).rglob("model.pt")):
