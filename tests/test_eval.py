@@ -340,11 +340,11 @@ def test_the_csv_holds_every_number_of_the_tables(trained):
         of_interval = x["kind"] == "paired" and x["metric"] == "F1"
         assert (float(x["low"]) <= float(x["high"])) if of_interval else x["low"] == x["high"] == ""
         assert x["table"] == ("sets" if x["column"] in (*data.SETS, "avg") else "rates")
-    measured = [results(trained / f"runs/mosi/corrkd/s{s}")["conditions"]["la"]["F1"] for s in (1, 2)]
-    one, = [x for x in lines if (x["metric"], x["kind"], x["name"], x["column"]) == ("F1", "ours", "corrkd", "la")]
+    measured = [results(trained / f"runs/mosi/corrkd/s{s}")["conditions"]["a"]["F1"] for s in (1, 2)]
+    one, = [x for x in lines if (x["metric"], x["kind"], x["name"], x["column"]) == ("F1", "ours", "corrkd", "a")]
     assert (float(one.pop("mean")), float(one.pop("std"))) == (statistics.fmean(measured), np.std(measured, ddof=1))
     assert one == {"dataset": "mosi", "synthetic": "False", "data": data.sha256(trained / "data/mosi_data.pkl"),
-                   "table": "sets", "metric": "F1", "kind": "ours", "name": "corrkd", "column": "la", "n": "2",
+                   "table": "sets", "metric": "F1", "kind": "ours", "name": "corrkd", "column": "a", "n": "2",
                    "low": "", "high": ""}
 
 
