@@ -171,6 +171,8 @@ def find(dataset: str | None, data_dir: str | Path) -> Path:
     root = Path(data_dir)
     if dataset is None or root.is_file():
         return root
+    if root.suffix and not root.exists():
+        raise DataError(f"{root} does not exist.")
     folders = [root]
     for name in (dataset.upper(), dataset):
         folders += [root / name, root / name / "Processed"]

@@ -107,7 +107,7 @@ def evaluate_all(args) -> None:
         plot(args.plot, tables, args)
     if not tables and (args.csv or args.plot):
         print("There are no numbers, so no --csv and no --plot is written.")
-    others = f" and {len(folders) - 1} other run folders" if len(folders) > 1 else ""
+    others = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
     numbers = "results.json, every number, and " if tables else ""
     print(f"{numbers}predictions.csv, every answer: in {folders[0]}{others}")
 
@@ -759,9 +759,9 @@ def legend(rows: list[Row], own: bool, table: dict, args) -> list[str]:
         "Avg. is the mean of the sets before it that the data can answer; ± is the deviation over the seeds.": True,
         f"constant always answers {answer}.": True,
         "linear is a ridge regression for each set of streams, on pooled frames of complete clips.": "linear" in kinds,
-        "Differences are taken seed by seed. *: the 95 % interval leaves out 0, by "
+        "Differences are seed by seed. *: the 95 % interval leaves out 0, by "
         f"{DRAWS} draws of {drawn} and seeds.": starred,
-        "It takes clips as independent, which those of one video are not.": starred and drawn == "clips",
+        "The interval takes clips as independent, which those of one video are not.": starred and drawn == "clips",
         "area is the mean height of the curve over the share of dropped frames.": len(args.rates) > 1,
         "At 1.0 nothing is left of any clip: all clips of one length get the same answer there.": 1.0 in args.rates,
         "-: there is no number. More metrics and rates are in --csv.": True,
