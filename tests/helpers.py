@@ -112,6 +112,17 @@ def run(folder, *more, seeds=("1",), epochs="2", dataset="mosi", method="corrkd"
                     *more)
 
 
+def rerecord(folder, source=None, **changes):
+    """Writes source's checkpoint (default: the folder's own) into this run folder, entries changed: its own, those of
+    its run record or of the record's config."""
+    checkpoint = torch.load((source or folder) / "model.pt", weights_only=True)
+    for name, value in changes.items():
+        parts = (checkpoint, checkpoint["run"], checkpoint["run"]["config"])
+        next(part for part in parts if name in part)[name] = value
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, folder / "model.pt")
+
+
 def history(folder, name="mosi/corrkd/s1"):
     return [json.loads(line) for line in (folder / "runs" / name / "log.jsonl").read_text().splitlines()]
 
