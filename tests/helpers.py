@@ -97,10 +97,10 @@ def learnable(**changes):
     return made
 
 
-def run_main(*arguments):
-    """train.main's exit code, that of a refused command line too."""
+def run_main(*arguments, main=train.main):
+    """main's exit code, that of a refused command line too."""
     try:
-        return train.main([str(argument) for argument in arguments])
+        return main([str(argument) for argument in arguments])
     except SystemExit as stop:
         return stop.code
 

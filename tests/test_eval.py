@@ -1,7 +1,6 @@
 """eval.py: metrics by hand, masks, predictions, the linear baseline, checkpoints from elsewhere, tables, outputs."""
 import csv
 import json
-import math
 import os
 import re
 import shutil
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import types
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +23,7 @@ from helpers import ROOT, WIDTHS, Call, content, feature_arguments, learnable, r
 
 RATES = ("--rates", "0.8", "0", "0.5", "0.5")        # neither sorted nor from 0 to 1
 TRUTH, ANSWER = [-2.0, -1.0, 0.0, 0.5, 1.5, 3.0], [-1.4, 0.2, -0.1, 0.0, 2.5, 3.7]
-NONE = math.nan
+NONE = float("nan")
 NOT_OURS = "not as this train.py writes it"
 
 
@@ -42,7 +40,7 @@ def trained(tmp_path_factory):
     made["test"]["labels"][3] = 0
     written(folder / "data", made)
     assert run(folder, "--ablate", "", "no_scd", seeds=("1", "2")) == 0
-    assert evaluation.main([str(folder / "runs"), *RATES]) == 0
+    assert run_main(folder / "runs", *RATES, main=evaluation.main) == 0
     return folder
 
 
@@ -73,7 +71,7 @@ def shown(capsys, *arguments):
     """What eval.py prints, and its tables: "sets", "rates" or "paper" -> "metric name[ - subtracted]" -> column -> mean
     and deviation."""
     capsys.readouterr()
-    assert evaluation.main([str(a) for a in arguments]) == 0
+    assert run_main(*arguments, main=evaluation.main) == 0
     out, tables = capsys.readouterr().out, {"sets": {}, "rates": {}, "paper": {}}
     title = r"^(.+?)(?: in %)?(?: minus that of (.+?))?: (available|share|the paper).*\n\n((?:\|.*\n)+)"
     for metric, against, kind, table in re.findall(title, out, re.MULTILINE):
@@ -92,16 +90,11 @@ def shown(capsys, *arguments):
 
 def refused(capsys, *arguments):
     """The sentence by which the program ends."""
-    try:
-        code = evaluation.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        code = stop.code
+    assert run_main(*arguments, main=evaluation.main) == 2
     *usage, error = capsys.readouterr().err.splitlines()
-    assert code == 2 and "error: " in error and len(usage) <= 1
+    assert "error: " in error and len(usage) <= 1
     return error
 
-
-# ------------------------------------------------------------------------------------- metrics
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("task, answer, truth, expected", [
@@ -121,9 +114,7 @@ def refused(capsys, *arguments):
         "Acc-7": 400 / 6, "Corr": statistics.correlation(TRUTH, ANSWER)}),
     ("regression", [.2] * 4, [1.0, 2.0, -1.0, 0.0], {
         "MAE": 1, "Acc-2": 200 / 3, "F1": 100 * 2 / 3 * .8, "Acc-2 has0": 75, "F1 has0": 100 * 3 / 4 * 6 / 7,
-        "Acc-7": 25, "Corr": NONE}),
-    ("regression", [.3, -.1], [0.0, 0.0], {
-        "MAE": .2, "Acc-2": NONE, "F1": NONE, "Acc-2 has0": 50, "F1 has0": NONE, "Acc-7": 100, "Corr": NONE})])
+        "Acc-7": 25, "Corr": NONE})])
 def test_metrics_are_those_computed_by_hand_and_nan_where_they_are_not_defined(task, answer, truth, expected):
     assert evaluation.metrics(task, np.array(answer), np.array(truth)) == pytest.approx(expected, nan_ok=True)
 
@@ -145,13 +136,10 @@ def test_the_score_is_the_mean_over_the_sets_of_f1_or_minus_mae():
     assert evaluation.score(emotions) == pytest.approx(58.0)
 
 
-# ------------------------------------------------------------------------------------- predictions and baselines
-
 @pytest.mark.parametrize("lengths", [(8, 8, 8), (8, 12, 10)])
 @pytest.mark.parametrize("joint", [False, True])
 def test_predictions_are_those_of_one_full_pass_for_each_condition(tmp_path, lengths, joint):
-    """Of clips not sorted by length, by a model that offers its streams one by one or not, whatever the batch size and
-    the time; another mask seed has other masks."""
+    """Of a model that offers its streams one by one or not, whatever the batch size, which is less for long clips."""
     made, order = content(n=30, lengths=lengths), np.random.default_rng(0).permutation(30)
     made["test"]["vision"][:7] = 0
     made["test"] = {key: value[order] for key, value in made["test"].items()}
@@ -160,37 +148,31 @@ def test_predictions_are_those_of_one_full_pass_for_each_condition(tmp_path, len
     model, conditions = corrkd.CorrKD(WIDTHS, "polarity").train(), [*data.SETS, 0.0, 0.3, 1.0]
     if joint:
         model.encode = None
-    first = evaluation.predict(model, split, conditions, "test", size=7)
-    again, whole = (evaluation.predict(model, split, conditions, "test", size=size) for size in (7, 256))
+    parts, whole = (evaluation.predict(model, split, conditions, "test", size=size) for size in (7, 256))
     for condition in conditions:
         present = data.evaluation_masks(split["real"], condition, "test")
         with torch.no_grad():
             h = model.represent({m: split[m] * present[m][..., None] for m in STREAMS}, split["real"])
-        torch.testing.assert_close(first[condition], model.classify(h), rtol=0, atol=1e-5)
-        torch.testing.assert_close(first[condition], whole[condition], rtol=0, atol=1e-6)
-        assert torch.equal(first[condition], again[condition])
-    assert not torch.equal(evaluation.predict(model, split, [.3], "test", mask_seed=1)[.3], whole[.3])
-    shares = [data.realised(data.evaluation_masks(split["real"], .3, "test", k), split["real"]) for k in (0, 1)]
-    assert evaluation.evaluate(model, "polarity", split, [.3], "test", 1)["0.3"]["realised"] == shares[1] != shares[0]
+        torch.testing.assert_close(parts[condition], model.classify(h), rtol=0, atol=1e-5)
+        torch.testing.assert_close(parts[condition], whole[condition], rtol=0, atol=1e-6)
+    assert evaluation.clips_at_a_time({"real": {m: torch.ones(1, 500) for m in STREAMS}}) == 43
 
 
-def test_a_block_of_long_clips_holds_fewer_of_them():
-    for frames, clips in ((50, 256), (500, 43), (30_000, 1)):
-        split = {"real": {m: torch.ones(1, frames) for m in STREAMS}}
-        assert evaluation.clips_at_a_time(split) == clips
-
-
-@pytest.mark.parametrize("four, noise", [(False, 2), (True, 0)])
-def test_the_linear_baseline_is_a_ridge_regression_for_each_set_of_streams(tmp_path, four, noise):
+@pytest.mark.parametrize("task, four, noise", [
+    ("regression", False, 2), ("regression", True, 0), ("polarity", True, 0)])
+def test_the_linear_baseline_is_a_ridge_regression_for_each_set_of_streams(tmp_path, task, four, noise):
     """Against the closed form on plain features, clip by clip. The strength and the features are the best on
     validation, not on training and not of {l,a,v}; a frame of zeros is not there."""
     loaded = data.load("mosi", written(tmp_path, learnable(lengths=(8, 12, 10))), SPLITS)
     for split in SPLITS if four else ():
-        loaded[split]["label"] = loaded[split]["audio"][..., 0].amax(1) + loaded[split]["vision"][..., 1].amin(1)
+        audio, vision = loaded[split]["audio"][..., 0], loaded[split]["vision"][..., 1]
+        loaded[split]["label"] = audio.amax(1) + vision.amin(1) + .01       # none is 0
     loaded["valid"]["label"] += noise * torch.randn(40, generator=torch.Generator().manual_seed(0))
     loaded["test"]["vision"][..., 2] = 0        # a number of each frame, not the frame, is 0
     loaded["valid"]["audio"] *= .3
-    got = evaluation.fit_linear(loaded, "regression")
+    labels = {name: loaded[name]["label"].double().numpy() for name in SPLITS}
+    got, decides = evaluation.fit_linear(loaded, task), task == "polarity"
+    y = np.sign(labels["train"]) if decides else labels["train"]
 
     def plain(name, condition, available, pooled):
         split, rows = loaded[name], []
@@ -207,46 +189,27 @@ def test_the_linear_baseline_is_a_ridge_regression_for_each_set_of_streams(tmp_p
 
     def answer(name, condition, pooled, strength):
         available = data.SETS.get(condition, STREAMS)
-        x, y = plain("train", "lav", available, pooled), loaded["train"]["label"].double().numpy()
+        x = plain("train", "lav", available, pooled)
         centred = x - x.mean(0)
         w = np.linalg.solve(centred.T @ centred + strength * np.eye(x.shape[1]), centred.T @ (y - y.mean()))
         return (plain(name, condition, available, pooled) - x.mean(0)) @ w + y.mean()
 
     def error(name, sets, choice):
-        return sum(abs(answer(name, c, *choice) - loaded[name]["label"].numpy()).mean() for c in sets)
+        found, y = [answer(name, c, *choice) for c in sets], labels[name]
+        if decides:
+            return -statistics.fmean(evaluation.metrics(task, (x > 0) * 1, (y > 0) * 1)["F1"] for x in found)
+        return statistics.fmean(abs(x - y).mean() for x in found)
     choices = [(pooled, 10. ** power) for pooled in (False, True) for power in range(5, -1, -1)]
-    assert evaluation.STRENGTHS == tuple(strength for _, strength in choices[:6])
     best, *others = (min(choices, key=lambda choice: error(name, sets, choice)) for name, sets in (
         ("valid", data.SETS), ("train", data.SETS), ("valid", ["lav"])))
-    assert best not in others and best[0] is four
-    model, conditions = evaluation.Linear("regression", **got), [.3, "l", "v", "la", "lav"]
-    output = evaluation.predict(model, loaded["test"], conditions, "test", size=7)
+    assert (decides or best not in others) and best[0] is four
+    model, conditions = evaluation.Linear(task, **got), [.3, "l", "v", "la", "lav"]
+    output = evaluation.predict(model, loaded["test"], [*conditions, 1.0], "test", size=7)
     for condition in conditions:
-        np.testing.assert_allclose(output[condition][:, 0], answer("test", condition, *best), rtol=0, atol=1e-6)
-    nothing_left = evaluation.predict(model, loaded["test"], [1.0], "test")[1.0]
-    torch.testing.assert_close(nothing_left, loaded["train"]["label"].double().mean().expand(40, 1))
+        np.testing.assert_allclose(output[condition][:, -1], answer("test", condition, *best), rtol=0, atol=1e-6)
+        assert not decides or torch.equal(output[condition][:, 0], -output[condition][:, 1])
+    assert output[1.0][:, -1].tolist() == pytest.approx([y.mean()] * 40)        # nothing is left
 
-
-def test_the_linear_baseline_of_a_decision_prefers_no_class(tmp_path):
-    """Labels that are turned around turn its outputs around."""
-    loaded, outputs = data.load("mosi", written(tmp_path, learnable()), SPLITS), []
-    for _ in range(2):
-        for split in SPLITS:
-            loaded[split]["label"] *= -1
-        linear = evaluation.Linear("polarity", **evaluation.fit_linear(loaded, "polarity"))
-        outputs.append(evaluation.predict(linear, loaded["test"], ["a"], "test")["a"])
-    torch.testing.assert_close(outputs[0], outputs[1].flip(1))
-
-
-def test_the_linear_baseline_never_leaves_the_cpu(monkeypatch):
-    """Apple's devices have no float64: what is pooled is fetched first."""
-    x, fetched = torch.randn(3, 5, 2), []
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: fetched.append(self.shape) or self)
-    linear = evaluation.Linear("polarity", *torch.zeros(3, 8, 1))
-    assert linear.encode("text", x, None).dtype == torch.float64 and fetched == [x.shape]
-
-
-# ------------------------------------------------------------------------------------- run folders
 
 @pytest.mark.parametrize("change, said", [
     ({"format": 3}, "another version"),
@@ -254,17 +217,14 @@ def test_the_linear_baseline_never_leaves_the_cpu(monkeypatch):
     ({"dims": {"text": 2 ** 40, "audio": 4, "vision": 3}}, "trained on {'text': 1099511627776"),
     ({"model": {}}, NOT_OURS),
     ({"model": Call(os.system, ("touch GOTCHA",))}, "more than tensors and plain values"),
-    ("cut short", NOT_OURS),
-    ("of a run that goes on", "it holds no load and no stats")])
+    (None, NOT_OURS)])      # cut short
 def test_a_file_that_is_no_result_of_training_is_refused_in_a_sentence(copied, change, said, monkeypatch, capsys):
     """At once: nothing in it is run, and a record alone asks for no memory and no time."""
     monkeypatch.chdir(copied)
-    if change == "cut short":
-        (copied / "model.pt").write_bytes((copied / "model.pt").read_bytes()[:-300])
-    elif change == "of a run that goes on":
-        shutil.copy("last.pt", "model.pt")
-    else:
+    if change:
         rerecord(copied, **change)
+    else:
+        (copied / "model.pt").write_bytes((copied / "model.pt").read_bytes()[:-300])
     before = {path: path.read_bytes() for path in copied.iterdir()}
     error = refused(capsys, copied)
     assert said in error and error.isprintable()
@@ -273,14 +233,11 @@ def test_a_file_that_is_no_result_of_training_is_refused_in_a_sentence(copied, c
 
 @pytest.mark.parametrize("more, said", [
     (["--rates", "1.5"], "1.5 is no share from 0 to 1"),
-    (["--rates", "nan"], "nan is no share from 0 to 1"),
     (["--no-rates", "--plot", "x.png"], "leave --no-rates out"),
     (["--csv", "nowhere/t.csv"], "folder cannot be written"),
     (["--csv", "eval.py"], "does not end in .csv"),
-    (["--plot", "x.xyz"], ".png or .pdf"),
     (["--plot", "x.png"], "pip install matplotlib"),
     (["--reference", "umdf"], "the runs are of corrkd, corrkd no_scd"),
-    (["nowhere"], "nowhere holds no model.pt"),
     (["tests"], "tests holds no model.pt")])
 def test_mistakes_are_told_before_the_evaluation(trained, more, said, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "predict", None)
@@ -294,8 +251,6 @@ def test_runs_in_one_folder_differ_in_their_seed_alone(copied, capsys):
         assert said in refused(capsys, copied.parent, "--no-rates")
 
 
-# ------------------------------------------------------------------------------------- what is written and printed
-
 def test_every_number_of_the_tables_and_the_csv_is_made_of_what_was_measured(trained, capsys):
     """Means, deviations, differences seed by seed, Avg. and area from results.json alone, by other means; a star stands
     where the interval leaves out 0."""
@@ -303,7 +258,8 @@ def test_every_number_of_the_tables_and_the_csv_is_made_of_what_was_measured(tra
         found = [results(trained / "runs/mosi" / name / f"s{s}")[part] for s in (1, 2)]
         row = {c: np.array([one[c]["F1"] for one in found]) for c in (*data.SETS, "0.0", "0.5", "0.8")}
         row["avg"] = sum(row[c] for c in ("l", "a", "v", "la", "lv", "av")) / 6
-        return {**row, "area": (.25 * row["0.0"] + .4 * row["0.5"] + .15 * row["0.8"]) / .8}
+        row["area"] = (.25 * row["0.0"] + .4 * row["0.5"] + .15 * row["0.8"]) / .8
+        return row
     full, ablation = both_seeds("corrkd", "conditions"), both_seeds("corrkd-no_scd", "conditions")
     linear, constant = both_seeds("corrkd", "linear"), both_seeds("corrkd", "constant")
     expected = {
@@ -318,34 +274,26 @@ def test_every_number_of_the_tables_and_the_csv_is_made_of_what_was_measured(tra
     out, tables = shown(capsys, trained / "runs", *RATES, "--csv", trained / "t.csv")
     assert set(tables["sets"]) == {*expected} and out.count(", n = 2\n") == 4
     assert set(tables["rates"]) == {label for label in expected if " - " not in label}
-    lines, cells, starred = read_csv(trained / "t.csv"), set(), []
+    lines, cells, stars = read_csv(trained / "t.csv"), set(), set()
     assert list(lines[0]) == "dataset synthetic data table metric kind name column mean std n low high".split()
-    assert {x["metric"] for x in lines} == {"F1", "Acc-2", ""}
-    sha256 = data.sha256(trained / "data/mosi_data.pkl")
+    about = "mosi", "False", data.sha256(trained / "data/mosi_data.pkl")
     for x in lines:
-        part = "sets" if x["column"] in (*data.SETS, "avg") else "rates"
-        assert (x["dataset"], x["synthetic"], x["data"], x["table"]) == ("mosi", "False", sha256, part)
-        if x["metric"] != "F1":
-            assert x["low"] == x["high"] == ""
-            continue
-        label, column = f"F1 {x['name'] if x['kind'] in ('ours', 'paired') else x['kind']}", x["column"]
-        cells.add((label, column))
-        numbers, paired, star = expected[label][column], x["kind"] == "paired", False
-        assert float(x["mean"]) == pytest.approx(numbers.mean()) and paired is (" - " in label)
-        text = f"{numbers.mean():{'+' if paired else ''}.2f}"
-        if paired:
-            star = float(x["low"]) > 0 or float(x["high"]) < 0
-            starred.append(star)
-        else:
-            assert x["low"] == x["high"] == ""
-        if len(numbers) > 1:
-            assert x["n"] == "2" and float(x["std"]) == pytest.approx(statistics.stdev(numbers))
-            text += "*" * star + f"±{statistics.stdev(numbers):.2f}"
-        else:
-            assert x["n"] == x["std"] == ""
-        if label in tables[part]:
-            assert tables[part][label][evaluation.TITLES.get(column, column)] == text, (label, column)
-    assert cells == {(label, column) for label in expected for column in full} and set(starred) == {True, False}
+        column, part = x["column"], "sets" if x["column"] in (*data.SETS, "avg") else "rates"
+        assert (x["dataset"], x["synthetic"], x["data"], x["table"]) == (*about, part)
+        mean, std, low, high = (float(x[name] or "nan") for name in ("mean", "std", "low", "high"))
+        paired, star = x["kind"] == "paired", "*" if low > 0 or high < 0 else ""
+        assert (low <= high) is (paired and x["metric"] == "F1")
+        if x["metric"] == "F1":
+            label = f"F1 {x['name'] if x['kind'] in ('ours', 'paired') else x['kind']}"
+            numbers = expected[label][column]
+            deviation = statistics.stdev(numbers) if len(numbers) > 1 else NONE
+            assert (mean, std) == pytest.approx((numbers.mean(), deviation), nan_ok=True)
+            assert x["n"] == ("2" if len(numbers) > 1 else "")
+            text = f"{mean:{'+' if paired else ''}.2f}{star}" + (f"±{std:.2f}" if len(numbers) > 1 else "")
+            assert tables[part].get(label, {}).get(evaluation.TITLES.get(column, column), text) == text
+            cells.add((label, column))
+            stars.add(star)
+    assert cells == {(label, column) for label in expected for column in full} and stars == {"", "*"}
 
 
 @pytest.mark.parametrize("split, seed, limit, always", [
@@ -359,13 +307,13 @@ def test_every_number_of_results_json_and_predictions_csv_is_what_its_name_says(
     classes = ["" if y == 0 else str(int(y > 0)) for y in clips["label"].tolist()]
     model, linear = corrkd.CorrKD(WIDTHS, "polarity").eval(), evaluation.Linear("polarity", **checkpoint["linear"])
     model.load_state_dict(checkpoint["model"])
-
-    def measured(output):
-        return evaluation.metrics("polarity", output.argmax(-1).numpy()[index], truth)
     rerecord(copied, constant=always, limit=limit)
     out, _ = shown(capsys, copied, "--split", split, "--mask-seed", seed, "--rates", "0.3", "0.6", "1")
     got, lines = results(copied), read_csv(copied / "predictions.csv")
     assert len(lines) == 10 * len(classes)
+
+    def measured(output):
+        return evaluation.metrics("polarity", output.argmax(-1).numpy()[index], truth)
     for c in (*data.SETS, .3, .6, 1.0):
         masks = data.evaluation_masks(clips["real"], c, split, seed)
         streams = {m: clips[m] * masks[m][..., None] for m in STREAMS}
@@ -375,8 +323,7 @@ def test_every_number_of_results_json_and_predictions_csv_is_what_its_name_says(
         second = linear.classify(linear.represent(streams, clips["real"]))
         assert got["linear"][str(c)] == {**about, **measured(second)}
         assert got["constant"][str(c)] == measured(torch.eye(2)[always].expand(len(classes), 2))
-        rows = [list(line.values())[1:] for line in lines if line["condition"] == str(c)]
-        names, truths, answers, chance = zip(*rows)
+        names, truths, answers, chance = zip(*(tuple(x.values())[1:] for x in lines if x["condition"] == str(c)))
         assert (list(names), list(truths)) == (clips["id"], classes)
         assert [int(answer) for answer in answers] == output.argmax(-1).tolist()
         assert output.softmax(-1)[:, 1].tolist() == pytest.approx([float(p) for p in chance], abs=1e-6)
@@ -394,8 +341,7 @@ def test_a_draw_of_each_clip_once_gives_the_difference_itself(copied, monkeypatc
 
 
 def test_seeds_are_paired_by_their_number_and_the_reference_is_the_full_method(copied, trained, capsys):
-    """Wherever the rows stand; a run that is named twice counts once; a second group of one name is told by its folder,
-    another treatment has a table of its own."""
+    """A run named twice counts once; a second group of one name has its folder's; another treatment, another table."""
     top, runs = copied.parent.parent, trained / "runs/mosi"
     rerecord(top / "a/1", runs / "corrkd-no_scd/s1", seed=2)
     rerecord(top / "a/2", runs / "corrkd-no_scd/s2", seed=3)
@@ -404,20 +350,16 @@ def test_seeds_are_paired_by_their_number_and_the_reference_is_the_full_method(c
     out, _ = shown(capsys, top, top / "a", *RATES, "--csv", top / "t.csv")
     first, second = (results(top / where)["conditions"] for where in ("a/1", "corrkd/s2"))
     lines = [x for x in read_csv(top / "t.csv") if (x["kind"], x["metric"]) == ("paired", "F1")]
-    found = {}
-    for x in lines:
-        if not x["name"].endswith("linear"):
-            assert x["n"] == "1"
-            found.setdefault(x["name"], {})[x["column"]] = float(x["mean"])
-    assert set(found) == {"corrkd no_scd - corrkd", f"corrkd [{top / 'e'}] - corrkd"} and "n = 1 or 2" in out
-    expected = {c: first[c]["F1"] - second[c]["F1"] for c in first}
-    assert found["corrkd no_scd - corrkd"] == pytest.approx(found["corrkd no_scd - corrkd"] | expected)
+    named = {(x["name"], x["n"]) for x in lines if not x["name"].endswith("linear")}
+    assert named == {("corrkd no_scd - corrkd", "1"), (f"corrkd [{top / 'e'}] - corrkd", "1")} and "n = 1 or 2" in out
+    found = {x["column"]: float(x["mean"]) for x in lines if x["name"] == "corrkd no_scd - corrkd"}
+    assert found == pytest.approx(found | {c: first[c]["F1"] - second[c]["F1"] for c in first})
     rerecord(top / "c/s1", copied, limit=9)
     rerecord(top / "d/s1", copied, normalize=False)
     assert shown(capsys, top, *RATES)[0].count("F1 in %: available streams") == 3
 
 
-def test_a_reason_to_read_the_numbers_with_care_is_told(copied, capsys):
+def test_a_reason_to_read_the_numbers_with_care_is_told(copied, tmp_path, capsys):
     rerecord(copied, epochs=9, batch_size=64)
     out, tables = shown(capsys, copied, "--no-rates")
     assert "note: seed 1 was stopped after 2 of 9 epochs" in out and "batch_size" not in out
@@ -426,7 +368,11 @@ def test_a_reason_to_read_the_numbers_with_care_is_told(copied, capsys):
         assert absent not in out
     assert tables["sets"] and not tables["rates"] and list(results(copied)["conditions"]) == list(data.SETS)
     rerecord(copied, normalize=False)
-    assert "features not standardised" in shown(capsys, copied, "--no-rates")[0]
+    made = sized()
+    made["test"]["labels"] = abs(made["test"]["labels"])
+    out, tables = shown(capsys, copied, "--no-rates", "--data-dir", written(tmp_path, made))
+    assert "features not standardised" in out and "note: labels of one class alone in test" in out
+    assert tables["sets"] == {} and results(copied)["conditions"]["l"]["F1"] is None
 
 
 def test_a_reader_who_stops_reading_sees_no_traceback(copied):
@@ -438,7 +384,6 @@ def test_a_reader_who_stops_reading_sees_no_traceback(copied):
 
 def test_the_figure_has_a_panel_for_each_metric(trained, tmp_path, comparable, monkeypatch, capsys):
     figure = pytest.importorskip("matplotlib.figure").Figure
-    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")      # as in a notebook
     axes, whole = [], figure.subplots
     monkeypatch.setattr(figure, "subplots", lambda *a, **k: (axes.append(whole(*a, **k)), axes[0])[1])
     shown(capsys, trained / "runs", *RATES, "--plot", tmp_path / "f.png")
@@ -446,9 +391,8 @@ def test_the_figure_has_a_panel_for_each_metric(trained, tmp_path, comparable, m
     axis, = axes[0].flat
     assert axis.get_title() == "corrkd on mosi\ntest split, 19 clips" and axis.get_ylabel() == "weighted F1 (%)"
     lines = {line.get_label(): line for line in axis.get_lines()}
-    baselines = {"constant, polarity", "linear, polarity"}
-    assert set(lines) == {"corrkd, 2 seeds", "corrkd no_scd, 2 seeds", "corrkd, paper", *baselines}
-    assert {label for label, line in lines.items() if line.get_color() == "black"} == baselines
+    assert set(lines) == {
+        "corrkd, 2 seeds", "corrkd no_scd, 2 seeds", "corrkd, paper", "constant, polarity", "linear, polarity"}
     found = [results(trained / f"runs/mosi/corrkd/s{s}")["conditions"] for s in (1, 2)]
     found = np.array([[one[p]["F1"] for p in ("0.0", "0.5", "0.8")] for one in found])
     np.testing.assert_allclose(lines["corrkd, 2 seeds"].get_data(), ([0, .5, .8], found.mean(0)))
@@ -456,8 +400,6 @@ def test_the_figure_has_a_panel_for_each_metric(trained, tmp_path, comparable, m
     assert top == pytest.approx((found.mean(0) + found.std(0, ddof=1)).max())
     assert lines["corrkd, paper"].get_data()[1] == 83.94 and len(axis.collections) == 2
 
-
-# ------------------------------------------------------------------------------------- the papers' numbers
 
 def test_the_numbers_that_stand_beside_ours_are_the_papers():
     """Checksums of what was compared with their tables, cell by cell."""
@@ -494,18 +436,15 @@ def test_a_run_on_one_data_set_is_evaluated_on_another_and_compared_with_nothing
     assert "the splits of iemocap, not of mosi or mosei. Name another file with --data-dir" in error
 
 
-# ------------------------------------------------------------------------------------- methods and data
-
-def test_double_flows_own_table_comes_first(tmp_path, capsys):
-    written(tmp_path / "data", learnable())
-    assert run(tmp_path, method="double_flow", epochs="1") == 0
+def test_double_flows_own_table_comes_first_and_feature_folders_have_no_linear_row(tmp_path, capsys):
+    assert run_main("--method", "double_flow", "--out", tmp_path / "runs", "--epochs", 1, "--seeds", 1,
+                    "--device", "cpu", *feature_arguments(tmp_path)) == 0
     out, tables = shown(capsys, tmp_path / "runs", "--rates", "0")
-    assert "simulated text: learned from audio" in out
-    titles = re.findall(r"^MAE[^:\n]*: (.*)$", out, re.MULTILINE)
-    extension = ", n = 1, an extension: not in the paper"
-    assert list(dict.fromkeys(titles)) == ["the paper's table, n = 1", f"available streams{extension}",
-                                           f"share of frames dropped in every stream{extension}"]
-    lav, av = (results(tmp_path / "runs/mosi/double_flow/s1")["conditions"][c] for c in ("lav", "av"))
+    for present in ("simulated text: from the data", "no linear row", "MAE: the paper's table, n = 1\n",
+                    "MAE: available streams, n = 1, an extension: not in the paper\n"):
+        assert present in out
+    assert "linear is" not in out and "not standardised" not in out and out.index("paper's table") < out.index("{l}")
+    lav, av = (results(tmp_path / "runs/mosei/double_flow/s1")["conditions"][c] for c in ("lav", "av"))
     for metric, digits in (("MAE", 4), ("F1", 2), ("F1 has0", 2), ("Acc-2", 2), ("Acc-7", 2), ("Corr", 4)):
         assert tables["paper"][f"{metric} double_flow"] == {
             "complete": f"{lav[metric]:.{digits}f}", "text missing": f"{av[metric]:.{digits}f}"}
@@ -539,15 +478,6 @@ def test_iemocap_shows_four_emotions(tmp_path, capsys):
         f"F1 {e} corrkd" for e in ("happy", "sad", "angry", "neutral")]
     line = read_csv(tmp_path / "runs/iemocap/corrkd/s1/predictions.csv")[0]
     assert len(json.loads(line["answer"])) == len(json.loads(line["probability"])) == 4
-
-
-def test_feature_folders_have_no_linear_row(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)         # not the folder in which the run is evaluated
-    assert run_main("--method", "corrkd", "--out", tmp_path / "runs", "--epochs", 1, "--seeds", 1, "--device", "cpu",
-                    *feature_arguments(Path("made"))) == 0
-    monkeypatch.chdir(ROOT)
-    out, _ = shown(capsys, tmp_path / "runs", "--no-rates")
-    assert "no linear row" in out and "linear is" not in out and "not standardised" not in out
 
 
 @pytest.mark.parametrize("splits", [["test"], ["train", "valid"], list(SPLITS)])
@@ -587,49 +517,32 @@ def test_clips_without_labels_are_answered(copied, tmp_path, form, capsys):
         del made["test"]["labels"]
     before = read_csv(copied / "predictions.csv")
     out, _ = shown(capsys, copied, *RATES, "--data-dir", written(tmp_path / "mine", made), "--csv", tmp_path / "t.csv")
-    first, second, third = out.splitlines()
-    assert "has no labels" in first and second == "There are no numbers, so no --csv and no --plot is written."
-    assert third == f"predictions.csv, every answer: in {copied}"
+    assert "has no labels" in out and "There are no numbers, so no --csv" in out and "|" not in out
     assert not (copied / "results.json").exists() and not (tmp_path / "t.csv").exists()
     assert read_csv(copied / "predictions.csv") == [{**line, "truth": ""} for line in before]
 
 
-def test_the_f1_of_one_class_is_null_and_such_a_split_is_noted(copied, tmp_path, capsys):
-    made = sized()
-    made["test"]["labels"] = abs(made["test"]["labels"])
-    out, tables = shown(capsys, copied, "--no-rates", "--data-dir", written(tmp_path, made))
-    assert "note: labels of one class alone in test" in out and tables["sets"] == {}
-    assert results(copied)["conditions"]["l"]["F1"] is None
-
-
-class Late(torch.nn.Module):
-    """The poorest method that METHODS' comment allows: what is not in its state_dict has values all the same."""
-    stages, encode = {"train": ("lav",)}, None
-
-    def __init__(self, dims, task, config):
-        super().__init__()
-        self.scale = torch.tensor(2.0)
-        self.register_buffer("one", torch.ones(1), persistent=False)
-        self.classify = torch.nn.Linear(sum(dims[m] for m in STREAMS), 2)
-
-    def begin(self, stage):
-        pass
-
-    def teacher_outputs(self, complete, real):
-        return None
-
-    def represent(self, streams, real):
-        return self.scale * self.one * torch.cat([streams[m].sum(1) for m in STREAMS], -1)
-
-    def losses(self, complete, missing, target, real, teacher=None):
-        return {"total": torch.nn.functional.cross_entropy(self.classify(self.represent(missing, real)), target)}
-
-
 def test_a_fourth_method_with_a_buffer_and_nothing_to_list_trains_and_is_evaluated(tmp_path, monkeypatch, capsys):
-    fourth = types.SimpleNamespace(
+    """The poorest that METHODS' comment allows: what is not in its state_dict has values all the same."""
+    class Late(torch.nn.Linear):
+        stages, encode, classify = {"train": ("lav",)}, None, torch.nn.Linear.forward
+
+        def __init__(self, dims, task, config):
+            super().__init__(sum(dims[m] for m in STREAMS), 2)
+            self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+        def begin(self, *_):
+            return None
+        teacher_outputs = begin
+
+        def represent(self, streams, real):
+            return self.scale * torch.cat([streams[m].sum(1) for m in STREAMS], -1)
+
+        def losses(self, complete, missing, target, real, teacher=None):
+            return {"total": torch.nn.functional.cross_entropy(self.classify(self.represent(missing, real)), target)}
+    monkeypatch.setitem(evaluation.METHODS, "late", types.SimpleNamespace(
         TASKS=corrkd.TASKS, Config=corrkd.Config, PAPER=corrkd.PAPER, ABLATIONS={}, REPORTED={}, FEATURES={}, TABLE={},
-        Model=Late)
-    monkeypatch.setitem(evaluation.METHODS, "late", fourth)
+        Model=Late))
     written(tmp_path / "data", learnable())
     assert run(tmp_path, method="late") == 0
     assert "F1 late" in shown(capsys, tmp_path / "runs", "--no-rates")[1]["sets"]
