@@ -174,18 +174,14 @@ def test_the_linear_baseline_is_a_ridge_regression_for_each_set_of_streams(tmp_p
     got, decides = evaluation.fit_linear(loaded, task), task == "polarity"
     y = np.sign(labels["train"]) if decides else labels["train"]
 
+    def pools(frames):
+        x = frames[(frames != 0).any(1)].double().numpy()
+        return [x.mean(0), x.std(0), x.max(0), x.min(0)] if len(x) else [np.zeros(frames.shape[1])] * 4
+
     def plain(name, condition, available, pooled):
-        split, rows = loaded[name], []
-        present = data.evaluation_masks(split["real"], condition, name)
-        for i in range(40):
-            row = []
-            for m in available:
-                x = (split[m] * present[m][..., None])[i].double().numpy()
-                x = x[(x != 0).any(1)]
-                pools = [x.mean(0), x.std(0), x.max(0), x.min(0)] if len(x) else [np.zeros(split[m].shape[2])] * 4
-                row += pools if pooled else pools[:1]
-            rows.append(np.concatenate(row))
-        return np.array(rows)
+        split, present = loaded[name], data.evaluation_masks(loaded[name]["real"], condition, name)
+        streams, kept = [split[m] * present[m][..., None] for m in available], 4 if pooled else 1
+        return np.array([np.concatenate([pool for x in streams for pool in pools(x[i])[:kept]]) for i in range(40)])
 
     def answer(name, condition, pooled, strength):
         available = data.SETS.get(condition, STREAMS)
@@ -211,38 +207,33 @@ def test_the_linear_baseline_is_a_ridge_regression_for_each_set_of_streams(tmp_p
     assert output[1.0][:, -1].tolist() == pytest.approx([y.mean()] * 40)        # nothing is left
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"format": 3}, "another version"),
-    ({"width": 3_000_000}, NOT_OURS),
-    ({"dims": {"text": 2 ** 40, "audio": 4, "vision": 3}}, "trained on {'text': 1099511627776"),
-    ({"model": {}}, NOT_OURS),
-    ({"model": Call(os.system, ("touch GOTCHA",))}, "more than tensors and plain values"),
-    (None, NOT_OURS)])      # cut short
-def test_a_file_that_is_no_result_of_training_is_refused_in_a_sentence(copied, change, said, monkeypatch, capsys):
-    """At once: nothing in it is run, and a record alone asks for no memory and no time."""
+@pytest.mark.parametrize("change, more, said", [
+    ({"format": 3}, [], "another version"),
+    ({"width": 3_000_000}, [], NOT_OURS),
+    ({"dims": {"text": 2 ** 40, "audio": 4, "vision": 3}}, [], "trained on {'text': 1099511627776"),
+    ({"model": {}}, [], NOT_OURS),
+    ({"model": Call(os.system, ("touch GOTCHA",))}, [], "more than tensors and plain values"),
+    (None, [], NOT_OURS),       # cut short
+    ({}, ["--rates", "1.5"], "1.5 is no share from 0 to 1"),
+    ({}, ["--no-rates", "--plot", "x.png"], "leave --no-rates out"),
+    ({}, ["--csv", "nowhere/t.csv"], "folder cannot be written"),
+    ({}, ["--csv", "model.pt"], "does not end in .csv"),
+    ({}, ["--plot", "x.png"], "pip install matplotlib"),
+    ({}, ["--reference", "umdf"], "the runs are of corrkd."),
+    ({}, ["log.jsonl"], "log.jsonl holds no model.pt")])
+def test_mistakes_and_what_is_no_result_of_training_are_told_at_once(copied, change, more, said, monkeypatch, capsys):
+    """In a sentence, before any answer; nothing in a file is run, and a record alone asks for no memory."""
     monkeypatch.chdir(copied)
-    if change:
-        rerecord(copied, **change)
-    else:
-        (copied / "model.pt").write_bytes((copied / "model.pt").read_bytes()[:-300])
-    before = {path: path.read_bytes() for path in copied.iterdir()}
-    error = refused(capsys, copied)
-    assert said in error and error.isprintable()
-    assert {path: path.read_bytes() for path in copied.iterdir()} == before
-
-
-@pytest.mark.parametrize("more, said", [
-    (["--rates", "1.5"], "1.5 is no share from 0 to 1"),
-    (["--no-rates", "--plot", "x.png"], "leave --no-rates out"),
-    (["--csv", "nowhere/t.csv"], "folder cannot be written"),
-    (["--csv", "eval.py"], "does not end in .csv"),
-    (["--plot", "x.png"], "pip install matplotlib"),
-    (["--reference", "umdf"], "the runs are of corrkd, corrkd no_scd"),
-    (["tests"], "tests holds no model.pt")])
-def test_mistakes_are_told_before_the_evaluation(trained, more, said, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "predict", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert said in refused(capsys, trained / "runs", *more)
+    if change is None:
+        (copied / "model.pt").write_bytes((copied / "model.pt").read_bytes()[:-300])
+    else:
+        rerecord(copied, **change)
+    before = {path: path.read_bytes() for path in copied.iterdir()}
+    error = refused(capsys, copied, *more)
+    assert said in error and error.isprintable()
+    assert {path: path.read_bytes() for path in copied.iterdir()} == before
 
 
 def test_runs_in_one_folder_differ_in_their_seed_alone(copied, capsys):
@@ -254,23 +245,18 @@ def test_runs_in_one_folder_differ_in_their_seed_alone(copied, capsys):
 def test_every_number_of_the_tables_and_the_csv_is_made_of_what_was_measured(trained, capsys):
     """Means, deviations, differences seed by seed, Avg. and area from results.json alone, by other means; a star stands
     where the interval leaves out 0."""
+    columns = ["l", "a", "v", "la", "lv", "av", "lav", "0.0", "0.5", "0.8", "avg", "area"]
+
     def both_seeds(name, part):
         found = [results(trained / "runs/mosi" / name / f"s{s}")[part] for s in (1, 2)]
-        row = {c: np.array([one[c]["F1"] for one in found]) for c in (*data.SETS, "0.0", "0.5", "0.8")}
-        row["avg"] = sum(row[c] for c in ("l", "a", "v", "la", "lv", "av")) / 6
-        row["area"] = (.25 * row["0.0"] + .4 * row["0.5"] + .15 * row["0.8"]) / .8
-        return row
+        x = np.array([[one[c]["F1"] for c in columns[:-2]] for one in found])
+        return np.column_stack((x, x[:, :6].mean(1), (.25 * x[:, 7] + .4 * x[:, 8] + .15 * x[:, 9]) / .8))
     full, ablation = both_seeds("corrkd", "conditions"), both_seeds("corrkd-no_scd", "conditions")
     linear, constant = both_seeds("corrkd", "linear"), both_seeds("corrkd", "constant")
     expected = {
-        "F1 corrkd": full,
-        "F1 corrkd no_scd": ablation,
-        "F1 corrkd no_scd - corrkd": {c: ablation[c] - full[c] for c in full},
-        "F1 corrkd - linear": {c: full[c] - linear[c] for c in full},
-        "F1 corrkd no_scd - linear": {c: ablation[c] - linear[c] for c in full},
-        "F1 constant": {c: constant[c][:1] for c in full},
-        "F1 linear": {c: linear[c][:1] for c in full},
-    }
+        "F1 corrkd": full, "F1 corrkd no_scd": ablation, "F1 corrkd no_scd - corrkd": ablation - full,
+        "F1 corrkd - linear": full - linear, "F1 corrkd no_scd - linear": ablation - linear,
+        "F1 constant": constant[:1], "F1 linear": linear[:1]}
     out, tables = shown(capsys, trained / "runs", *RATES, "--csv", trained / "t.csv")
     assert set(tables["sets"]) == {*expected} and out.count(", n = 2\n") == 4
     assert set(tables["rates"]) == {label for label in expected if " - " not in label}
@@ -285,7 +271,7 @@ def test_every_number_of_the_tables_and_the_csv_is_made_of_what_was_measured(tra
         assert (low <= high) is (paired and x["metric"] == "F1")
         if x["metric"] == "F1":
             label = f"F1 {x['name'] if x['kind'] in ('ours', 'paired') else x['kind']}"
-            numbers = expected[label][column]
+            numbers = expected[label][:, columns.index(column)]
             deviation = statistics.stdev(numbers) if len(numbers) > 1 else NONE
             assert (mean, std) == pytest.approx((numbers.mean(), deviation), nan_ok=True)
             assert x["n"] == ("2" if len(numbers) > 1 else "")
@@ -293,7 +279,7 @@ def test_every_number_of_the_tables_and_the_csv_is_made_of_what_was_measured(tra
             assert tables[part].get(label, {}).get(evaluation.TITLES.get(column, column), text) == text
             cells.add((label, column))
             stars.add(star)
-    assert cells == {(label, column) for label in expected for column in full} and stars == {"", "*"}
+    assert cells == {(label, column) for label in expected for column in columns} and stars == {"", "*"}
 
 
 @pytest.mark.parametrize("split, seed, limit, always", [
@@ -401,14 +387,11 @@ def test_the_figure_has_a_panel_for_each_metric(trained, tmp_path, comparable, m
     assert lines["corrkd, paper"].get_data()[1] == 83.94 and len(axis.collections) == 2
 
 
-def test_the_numbers_that_stand_beside_ours_are_the_papers():
+def test_the_papers_numbers_stand_beside_ours_where_the_data_is_theirs(copied, comparable, capsys):
     """Checksums of what was compared with their tables, cell by cell."""
     tables = {name: json.dumps(module.REPORTED, sort_keys=True) for name, module in evaluation.METHODS.items()}
-    assert [zlib.crc32(tables[name].encode()) for name in ("umdf", "corrkd", "double_flow")] == [
-        2661151904, 1214070142, 2929009196]
-
-
-def test_print_stands_beside_ours_where_the_data_is_the_papers(copied, comparable, capsys):
+    assert {name: zlib.crc32(table.encode()) for name, table in tables.items()} == {
+        "umdf": 2661151904, "corrkd": 1214070142, "double_flow": 2929009196}
     sets, rates, _ = shown(capsys, copied, "--rates", "0")[1].values()
     ours = results(copied)["conditions"]["la"]["F1"]
     assert sets["F1 corrkd, paper"]["{l,a}"] == "83.56" and rates["F1 corrkd, paper"]["0.0"] == "83.94"
@@ -455,8 +438,8 @@ def test_two_tasks_have_two_baselines_and_the_reference_is_one_of_the_rows(copie
     assert run(tmp_path, method="umdf", epochs="1") == 0
     table = shown(capsys, copied, tmp_path / "runs", "--no-rates", "--reference", "umdf",
                   "--csv", tmp_path / "t.csv")[1]["sets"]
-    metrics = "Acc-2, Acc-2 has0, Acc-7, Corr, F1, F1 has0, MAE"
-    assert ", ".join(sorted({x["metric"] for x in read_csv(tmp_path / "t.csv")})) == metrics
+    assert {x["metric"] for x in read_csv(tmp_path / "t.csv")} == {
+        "Acc-2", "Acc-2 has0", "Acc-7", "Corr", "F1", "F1 has0", "MAE"}
     lines = read_csv(tmp_path / "runs/mosi/umdf/s1/predictions.csv")
     errors = [abs(float(x["answer"]) - float(x["truth"])) for x in lines if x["condition"] == "la"]
     assert len(errors) == 20 and not any(x["probability"] for x in lines)
