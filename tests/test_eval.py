@@ -319,8 +319,8 @@ def test_every_number_of_results_json_and_predictions_csv_is_what_its_name_says(
 
 
 def test_a_draw_of_each_clip_once_gives_the_difference_itself(copied, monkeypatch, capsys):
-    """Of one seed; a clip of sentiment 0 does not count."""
-    monkeypatch.setattr(evaluation, "draw_weights", lambda units: np.ones((2, len(units))))
+    """Of one seed; the clip of sentiment 0 does not count, however often it is drawn."""
+    monkeypatch.setattr(evaluation, "draw_weights", lambda units: np.array([[1.0, 1, 1, 9] + [1] * 16] * 2))
     shown(capsys, copied, *RATES, "--csv", copied / "t.csv")
     lines = [[float(x[name]) for name in ("low", "mean", "high")] for x in read_csv(copied / "t.csv") if x["low"]]
     assert len(lines) == 12 and all(low == pytest.approx(mean) == high for low, mean, high in lines)
