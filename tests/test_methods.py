@@ -202,12 +202,10 @@ def test_an_answer_depends_on_neither_padding_nor_the_batch(case):
     def answer(streams, real):
         return model.classify(model.represent(streams, real))
     expected, answers = answer(x, real), [answer(noisy, real)]
-    for size in (20, 50):
-        for front in (True, False):
-            def pad(v):
-                more = [size - v.shape[1], 0] if front else [0, size - v.shape[1]]
-                return F.pad(v, [0] * 2 * (v.ndim - 2) + more)
-            answers.append(answer({m: pad(v) for m, v in x.items()}, {m: pad(r) for m, r in real.items()}))
+    for front, behind in ((30, 0), (0, 30), (0, 7)):
+        def pad(v):
+            return F.pad(v, [0] * 2 * (v.ndim - 2) + [front, behind])
+        answers.append(answer({m: pad(v) for m, v in x.items()}, {m: pad(r) for m, r in real.items()}))
     alone = []
     for i in range(5):
         cut = {m: slice(real[m][i].sum()) for m in x}
@@ -247,11 +245,11 @@ def test_every_loss_is_finite_with_its_gradient(case, n):
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_model_trains_in_half_precision(name):
+def test_a_model_trains_in_half_precision_and_with_zeros_of_width_1_for_a_stream(name):
     if torch.__version__ < "2.2" and name == "umdf":
         pytest.skip("this torch has no squared error of bfloat16 on a CPU")
-    model, (x, real) = model_of(name, "polarity").bfloat16(), clips()
-    x = {m: v.bfloat16() for m, v in x.items()}
+    model, (x, real) = model_of(name, "polarity", dims={**DIMS, "vision": 1}).bfloat16(), clips()
+    x = {m: v.bfloat16() for m, v in {**x, "vision": x["vision"][..., :1] * 0}.items()}
     model.losses(x, half_of(x), target_of("polarity"), real)["total"].backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
@@ -274,10 +272,8 @@ def test_a_model_can_learn_one_batch_in_each_stage(name, task, classes, dims, mo
             optimizer.step()
         for streams in [x, {**x, "text": x["text"] * 0}][:2 if name == "double_flow" else 1]:
             answer = model.eval()(**streams, real=real)
-            if task == "regression":
-                assert F.mse_loss(answer[:, 0], target) < .1
-            else:
-                assert torch.equal(answer.argmax(-1), target), stage
+            wrong = answer[:, 0] - target if task == "regression" else answer.argmax(-1) != target
+            assert wrong.double().square().mean() < .1, stage
 
 
 @ours
@@ -290,8 +286,9 @@ def test_a_target_or_a_mask_of_another_shape_and_other_streams_are_refused(case)
         message = f"target has shape {tuple(wrong.reshape(len(wrong), -1).shape)}, not {tuple(column.shape)}"
         with pytest.raises(ValueError, match=re.escape(message)):
             model.losses(x, x, wrong, real)
-    flag, dictionary = f"has shape (5, 1), not {tuple(real['audio'].shape)}", "real must be a dict of text, audio, vision"
-    for mask, message in (({**real, "audio": real["audio"][:, :1]}, flag), (real["audio"], dictionary)):
+    flag = {**real, "audio": real["audio"][:, :1]}
+    shape = f"has shape (5, 1), not {tuple(real['audio'].shape)}"
+    for mask, message in ((flag, shape), (real["audio"], "real must be a dict of text, audio, vision")):
         for mistake in (lambda: model.represent(x, mask), lambda: model.losses(x, x, target, mask)):
             with pytest.raises(ValueError, match=re.escape(message)):
                 mistake()
@@ -299,13 +296,6 @@ def test_a_target_or_a_mask_of_another_shape_and_other_streams_are_refused(case)
     for mistake in (lambda: type(model)({"text": 12, "audio": 7}, model.task), lambda: model.represent(two, real)):
         with pytest.raises(ValueError, match="dict of text, audio, vision: give zeros of width 1"):
             mistake()
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_zeros_of_width_1_may_stand_for_a_stream(name):
-    model, (x, real) = model_of(name, dims={**DIMS, "vision": 1}).double(), clips()
-    x["vision"] = x["vision"][..., :1] * 0
-    assert model.losses(x, half_of(x), target_of(model.task), real)["total"].isfinite()
 
 
 scd, cpd, rcd = corrkd.sample_contrastive, corrkd.prototype_consistency, corrkd.response_consistency
