@@ -5,7 +5,6 @@ import io
 import itertools
 import os
 import pickle
-import random
 import re
 import sys
 import warnings
@@ -47,7 +46,7 @@ def without(split, key):
 
 
 def number(stream, value):
-    """A good file but for this number in the last frame of clip 2 of the training split."""
+    """A good file but for this number in the last frame of training clip 2."""
     made = content(dtype=np.float64)
     made["train"][stream][2, 7, 0] = value
     return made
@@ -93,6 +92,7 @@ def encoded(made, protocol):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f8", np.int32])
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5, "python 2", "numpy 1"])
 def test_mults_layout_in_every_protocol_and_number_type(tmp_path, protocol, dtype):
+    """And -inf in audio is 0, as in MulT's reader."""
     made = every(**{m: lambda split, m=m: (9 * split[m]).astype(dtype) for m in STREAMS})
     made["train"]["text"] = np.asfortranarray(made["train"]["text"])
     loaded = load(tmp_path, encoded(made, protocol))
@@ -106,9 +106,6 @@ def test_mults_layout_in_every_protocol_and_number_type(tmp_path, protocol, dtyp
         np.testing.assert_array_equal(loaded[s]["label"], made[s]["labels"].ravel())
         assert loaded[s]["id"] == [f"clip{k}_{i}" for i in range(5)]
     assert loaded["dims"] == WIDTHS and loaded["aligned"] and loaded["source"]["sizes"] == [5, 5, 5]
-
-
-def test_minus_infinity_in_audio_is_0_as_in_mults_reader(tmp_path):
     same(load(tmp_path, number("audio", -np.inf))["train"], load(tmp_path, number("audio", 0))["train"])
 
 
@@ -205,8 +202,7 @@ def test_what_a_reader_of_a_table_should_know_is_noted(tmp_path, text, made):
 
 
 def test_nothing_is_noted_of_good_files_and_no_video_of_the_standard_splits(tmp_path, monkeypatch):
-    for made in (every(SPLITS[1:], labels=[-1, 0, 0, 0, 1]), content(emotions=True), named("v{}"), named("Ses01_F{}"),
-                 named("_{}")):
+    for made in (every(SPLITS[1:], labels=[-1, 0, 0, 0, 1]), content(emotions=True), named("v{}"), named("S1_F{}")):
         assert load(tmp_path, made, dataset=None)["source"]["notes"] == []
     monkeypatch.setattr(data, "SIZES", {"mosi": (5, 5, 5)})
     assert load(tmp_path, named("v_x_{}"))["source"]["notes"] == []
@@ -254,7 +250,7 @@ def test_what_may_stand_beside_print(change, compared, text):
 # ------------------------------------------------------------------------------------- bad and hostile files
 
 BAD = [         # what is said, and the file's content
-    ("is refused: Ran out of input", b""),
+    *(("x.pkl is refused: ", pickle.dumps(content())[:n]) for n in (0, 300, -200, -1)),         # cut off
     ("begins with b'<!DOCTYPE html>.*, as a web page", b"\n<!DOCTYPE html>\n<html>"),
     ("holds train, dev; expected", {"train": {}, "dev": {}}),
     ("no 'audio', only text, vision, labels, id, acoustic", every(acoustic=lambda split: split.pop("audio"))),
@@ -356,27 +352,6 @@ def test_a_hostile_pickle_executes_nothing_and_is_refused(tmp_path, monkeypatch,
         data.load("mosi", "x.pkl")
     assert str(error.value).isprintable() and len(str(error.value)) <= 600
     assert os.listdir() == ["x.pkl"] and before == (dict(vars(data.DType)), dict(vars(data.Array)), dict(vars(data)))
-
-
-@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-def test_a_damaged_pickle_loads_the_same_clips_or_is_told_in_a_sentence(tmp_path, protocol):
-    """With a byte replaced, or a piece or all the rest by one. Values may differ, ids be lost: the SHA-256 tells."""
-    made = content(n=4, lengths=(3, 3, 3))
-    made["train"]["labels"][0] = 1      # so that it has two classes
-    whole = pickle.dumps(made, protocol=protocol)
-    draw, refusals, good = random.Random(protocol), 0, load(tmp_path, whole)
-    for _ in range(300):
-        i, n = draw.randrange(len(whole)), draw.choice((1, 1, 1, 2, 16, 100, len(whole)))
-        try:
-            loaded = load(tmp_path, whole[:i] + draw.randbytes(1) + whole[i + n:], normalize=True)
-        except DataError as error:
-            assert str(error).isprintable() and len(str(error)) <= 600
-            refusals += 1
-        else:
-            assert all((loaded[s]["label"].abs() <= 3).all() and len(loaded[s]["id"]) in (0, 4) for s in SPLITS)
-            assert all(loaded[s][m].shape == good[s][m].shape for s in SPLITS for m in STREAMS)
-            assert all(loaded[s][m].isfinite().all() for s in SPLITS for m in STREAMS)
-    assert 60 < refusals < 290, refusals
 
 
 # ------------------------------------------------------------------------------------- standardising, masks, batches
@@ -689,9 +664,8 @@ def test_copied_feature_folders_are_the_same_data_and_other_frame_counts_or_labe
     for value in (1, 2):
         labelled(where, clip, value)
         seen.append(identity(where))
-    assert len(set(seen)) == 5
-    notes = load_folders(where, ("valid", "test"))["source"]["notes"]
-    assert f"1 clips stand in both train and test, for instance {clip}" in notes
+    note = f"1 clips stand in both train and test, for instance {clip}"
+    assert len(set(seen)) == 5 and note in load_folders(where, ("valid", "test"))["source"]["notes"]
 
 
 WRONG = {       # what is said, and what is done to the folders; path is one file
