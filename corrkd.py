@@ -14,7 +14,7 @@ among C classes each; superscripts t, s = teacher, student; PE = positional enco
 average pooling, the mean over frames; sp(z) = log(1 + exp(z)). In the code `real` is the mask of
 padding, m -> (N, T), True where a frame belongs to the clip, missing or not. Marked (*): our choice,
 because the paper is silent or cannot be literal. Marked (~): the form as others quote it, or as the
-group's next paper prints it (HRLF, NeurIPS 2024); not checked against this paper's text.
+group's next paper prints it (HRLF, NeurIPS 2024); not checked against this paper's text. The numbers are ours.
 
   (1) F_m = sqrt(d) Conv1d_k3(X_m) + PE(T_m, d),  E_m = Transformer(F_m)              Encoder
       (*) The paper's kernel "3x3" cannot be literal in one dimension; no bias, so that zeros stay zeros.

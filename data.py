@@ -53,10 +53,10 @@ RATES = tuple(i / 10 for i in range(11))
 EMOTIONS = ("neutral", "happy", "sad", "angry")         # the order in MulT's file
 SIZES = {"mosi": (1284, 229, 686), "mosei": (16326, 1871, 4659), "iemocap": (2717, 798, 938)}
 FILES = {       # looked for in this order: aligned to words and of the papers' widths first
-    "mosi": ("mosi_raw.pkl", "mosi_data.pkl", "aligned_50.pkl", "mosi_data_noalign.pkl",
-             "unaligned_50.pkl"),
-    "mosei": ("mosei_senti_data.pkl", "mosei_raw.pkl", "aligned_50.pkl", "mosei_senti_data_noalign.pkl",
-              "unaligned_50.pkl"),
+    "mosi": ("mosi_raw.pkl", "mosi_data.pkl", "MOSI/Processed/aligned_50.pkl", "mosi_data_noalign.pkl",
+             "MOSI/Processed/unaligned_50.pkl"),
+    "mosei": ("mosei_senti_data.pkl", "mosei_raw.pkl", "MOSEI/Processed/aligned_50.pkl",
+              "mosei_senti_data_noalign.pkl", "MOSEI/Processed/unaligned_50.pkl"),
     "iemocap": ("iemocap_data.pkl", "iemocap_data_noalign.pkl"),
 }
 SYNTHETIC = "SYNTHETIC stand-in, version 1"
@@ -166,20 +166,13 @@ def load_pickle(dataset: str | None, data_dir, splits, across: bool) -> tuple[st
 
 
 def find(dataset: str | None, data_dir: str | Path) -> Path:
-    """The data set's file: data_dir itself if it is a file or no data set is named, else the first known name in it,
-    aligned first."""
+    """The data set's file: data_dir itself if it is a file or no data set is named, else the first of FILES in it."""
     root = Path(data_dir)
-    if dataset is None or root.is_file():
+    if dataset is None or root.is_file() or root.suffix and not root.exists():      # the last: a mistyped file
         return root
-    if root.suffix and not root.exists():
-        raise DataError(f"{root} does not exist.")
-    folders = [root]
-    for name in (dataset.upper(), dataset):
-        folders += [root / name, root / name / "Processed"]
     for name in FILES[dataset]:
-        for folder in folders:
-            if (folder / name).is_file():
-                return folder / name
+        if (root / name).is_file():
+            return root / name
     raise DataError(f"No file of {dataset} in {root}: looked for {', '.join(FILES[dataset])}. The README says where to "
                     "get one; name it with --data-dir. train.py --synthetic trains on made-up data.")
 
@@ -230,7 +223,8 @@ def content_notes(dataset: str, result: dict, file: str) -> list[str]:
     if "train" in one_class:
         raise DataError(f"{file}: the training labels (with --limit the first ones) leave one class alone. {MEANT}")
     if one_class:
-        notes.append(f"labels of one class alone in {', '.join(one_class)}: its F1 would mean nothing and is \"-\"")
+        notes.append(f"labels of one class alone in {', '.join(one_class)}: its F1 means nothing and is \"-\"; of "
+                     "valid, accuracy chooses the epoch")
     labels = [split["label"] for split in result.values() if split["label"] is not None]
     if dataset != "iemocap" and labels and all(label.abs().max() <= 1 for label in labels):
         notes.append("all labels lie within [-1, 1]: Acc-7, which is of [-3, 3], means nothing")
@@ -251,7 +245,7 @@ def widths(result: dict, file: str) -> dict:
 
 def identity(source: dict) -> str:
     """The data's file and what tells it from others, for a log."""
-    return source["file"] if source["sha256"] is None else f"{source['file']}, SHA-256 {source['sha256']}"
+    return source["file"] if source["sha256"] is None else f"{source['file']}, SHA-256 {source['sha256'][:16]}..."
 
 
 def comparison(run: dict, source: dict, paper: dict) -> tuple[bool, str]:

@@ -16,7 +16,7 @@ and gradients agree with theirs. (*) marks our choice.
 Notation: B clips, T frames, D = 256; m in {a, t, v} = audio, text, vision; superscripts f, m =
 complete, missing flow; sg = no gradient; MLP(x, y) = Linear to x, ReLU, dropout .3, Linear to y, ReLU,
 dropout .3; RAE = residual autoencoder. In the code `real` is the mask of padding, m -> (B, T), True
-where a frame belongs to the clip, missing or not.
+where a frame belongs to the clip, missing or not. The numbers of the equations are ours.
 
   (1) Z_m = W_m X_m + b_m  in R^(T x D); text and simulated text share W_t                DoubleFlow.flow
   (2) Z' = drop.5(Z),  alpha = softmax over frames of 0.3 c . tanh(U Z' + e),             Pooling
@@ -27,7 +27,7 @@ where a frame belongs to the clip, missing or not.
   (6) f_S = sum of w_m h_m over S for S in atv, at, tv, av                                DoubleFlow.flow
   (7) Q = [q_atv, q_at, q_tv, q_av, q_a, q_t, q_v]  in R^(7 x D), from f_S or h_m by      DoubleFlow.flow
       its own Linear, ReLU, dropout .3 each
-  (8) Z' = drop.5(Z),  K = tanh(U Z' + e),  A = softmax over frames of 0.3 K (V Q + d)^T  CrossAttention
+  (8) Z' = drop.5(Z),  K = tanh(U Z' + e),  A = softmax over frames of 0.3 K (P Q + b)^T  CrossAttention
       (*) padding left out
   (9) C_m = MLP(D, 128)(drop.5(A^T Z'))  in R^(7 x 128)                                   CrossAttention
   (10) missing flow: C_t <- RAE(C_a, C_t, C_v)                                          DoubleFlow.refine
@@ -40,8 +40,8 @@ where a frame belongs to the clip, missing or not.
       + w4 RMSE(C_t^m, sg C_t^f) + w5 RMSE(h*^m, h*^f) + w6 RNC                           rmse
       (*) RMSE has 1e-12 under the root: where both are equal its gradient is else not a number
   (15) RNC = -1/(n(n-1)) sum_i sum_(j != i) (s_ij - log sum_k exp s_ik),                  rank_n_contrast
-      s_ij = -|v_i - v_j| / tau,  k over all k != i with |y_i - y_k| >= |y_i - y_j| - 1e-4;
-      v = [g^f; g^m], n = 2B, tau = 2
+      s_ij = -|x_i - x_j| / tau,  k over all k != i with |y_i - y_k| >= |y_i - y_j| - 1e-4;
+      x = [g^f; g^m], n = 2B, tau = 2
 
 (*) Where no simulated text is at hand, a linear map of each audio frame into the text's width, learned
 with the missing flow, stands in for the language model. (*) Simulated text that the data carries

@@ -87,7 +87,7 @@ def evaluate_all(args) -> None:
     device = device_named(args.device)
     folders = run_folders(args.runs)
     checkpoints = {folder: read_checkpoint(folder / "model.pt", ENTRIES, AGAIN) for folder in folders}
-    check_groups(checkpoints, args.reference)
+    check_groups(checkpoints)
 
     groups, loaded, loaded_for = {}, None, None
     for folder, checkpoint in checkpoints.items():
@@ -98,18 +98,16 @@ def evaluate_all(args) -> None:
         if result := evaluate_run(folder, checkpoint, loaded, args, device):
             groups.setdefault(folder.parent, []).append(result)
 
-    tables = [(table, make_rows(table, args.reference, args.rates)) for table in make_tables(groups)]
+    tables = [(table, make_rows(table, args.rates)) for table in make_tables(groups)]
     for table, rows in tables:
         show(table, rows, args)
     if tables and args.csv:
-        write_csv(args.csv, CSV_HEADER, [line for each in tables for line in csv_lines(*each, args.rates)])
+        write_csv(args.csv, CSV_HEADER, [line for each in tables for line in csv_lines(*each)])
     if tables and args.plot:
         plot(args.plot, tables, args)
     if not tables and (args.csv or args.plot):
         print("There are no numbers, so no --csv and no --plot is written.")
-    others = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
-    numbers = "results.json, every number, and " if tables else ""
-    print(f"{numbers}predictions.csv, every answer: in {folders[0]}{others}")
+    print("In each run folder: predictions.csv, every answer, and with labels results.json, every number.")
 
 
 def evaluate_run(folder: Path, checkpoint: dict, loaded: dict, args, device) -> dict | None:
@@ -135,10 +133,13 @@ def evaluate_run(folder: Path, checkpoint: dict, loaded: dict, args, device) -> 
     clips = {"truth": truth, "index": index, "units": units(split["id"], len(split["label"]))}
     for part, of_part in all_outputs.items():
         clips[part] = {str(c): answers(task, output[index]).numpy() for c, output in of_part.items()}
+    dataset = loaded["dataset"]
+    if dataset != run["dataset"]:
+        dataset += f", trained on {run['dataset']}"
     always = metrics(task, np.broadcast_to(np.array(run["constant"]), truth.shape), truth)
     result = {
         "run": run,
-        "dataset": data_name(run, loaded),
+        "dataset": dataset,
         "epoch": checkpoint["epoch"],
         "epochs_run": epochs_run(folder),
         "checkpoint_sha256": data.sha256(folder / "model.pt"),
@@ -172,13 +173,6 @@ def load_split(checkpoint: dict, args, device) -> dict:
     return loaded
 
 
-def data_name(run: dict, loaded: dict) -> str:
-    """The data set, or the two of them where a run is evaluated on another one than it was trained on."""
-    if loaded["dataset"] == run["dataset"]:
-        return run["dataset"]
-    return f"trained on {run['dataset']}, evaluated on {loaded['dataset']}"
-
-
 def labelled(split: dict) -> bool:
     """Whether there is anything to measure: clips of one's own may have no labels, or 0 for all."""
     return split["label"] is not None and bool(split["label"].any())
@@ -187,10 +181,8 @@ def labelled(split: dict) -> bool:
 def epochs_run(folder: Path) -> int | None:
     """How many epochs the last stage of a run has had; None without a log."""
     log = folder / "log.jsonl"
-    if not log.is_file():
-        return None
-    stages = [json.loads(line)["stage"] for line in log.read_text().splitlines()]
-    return stages.count(stages[-1])
+    lines = log.read_text().splitlines() if log.is_file() else []
+    return json.loads(lines[-1])["epoch"] if lines else None
 
 
 def prediction_lines(task: str, split: dict, outputs: dict) -> tuple[tuple, list[tuple]]:
@@ -202,12 +194,10 @@ def prediction_lines(task: str, split: dict, outputs: dict) -> tuple[tuple, list
         truth = dict(zip(index.tolist(), values.tolist()))
     lines = []
     for condition, output in outputs.items():
-        clips = split["id"] or range(len(output))
-        answer = answers(task, output).tolist()
-        probability = [None] * len(output)
+        answer, probability = answers(task, output).tolist(), [None] * len(output)
         if task != "regression":
             probability = output.softmax(-1)[..., 1].tolist()
-        for i, clip in enumerate(clips):
+        for i, clip in enumerate(split["id"] or range(len(output))):
             lines.append((condition, clip, truth.get(i), answer[i], probability[i]))
     return ("condition", "clip", "truth", "answer", "probability"), lines
 
@@ -234,37 +224,32 @@ def measure(task: str, split: dict, outputs: dict, split_name: str, mask_seed: i
     return results
 
 
-def predict(model, split: dict, conditions, split_name: str, mask_seed: int = 0, size: int = 256) -> dict:
-    """Condition -> outputs (N, ...) on the CPU. A condition is a set of streams ("l" ... "lav") or a
-    rate of dropped frames. A DataError if an output is not finite."""
-    masks = {c: data.evaluation_masks(split["real"], c, split_name, mask_seed) for c in conditions}
-    outputs = predict_under(model, split, masks, size)
-    for condition, output in outputs.items():
-        if not output.isfinite().all():
-            raise DataError(f"The answers under condition {condition} are not finite: the model's weights have "
-                            "grown too large. Train again with a lower --lr.")
-    return outputs
-
-
 @torch.no_grad()
-def predict_under(model, split: dict, masks: dict, size: int = 256) -> dict:
-    """Name -> outputs (N, ...) on the CPU, under each of these masks (name -> stream -> present (N, T_m)).
-    Clips go through in batches of similar length, at most `size` at a time, fewer where clips are
-    long, which changes no answer. The name of a set means its masks: a model with `encode` needs no others."""
+def predict(model, split: dict, conditions, split_name: str, mask_seed: int = 0, size: int = 256) -> dict:
+    """Condition -> outputs (N, ...) on the CPU. A condition is a set of streams ("l" ... "lav") or a rate of dropped
+    frames. Clips go through in batches of similar length, at most `size` at a time, fewer where clips are long, which
+    changes no answer. A DataError if an output is not finite."""
     model.eval()
-    outputs = {name: [] for name in masks}
+    masks = {c: data.evaluation_masks(split["real"], c, split_name, mask_seed) for c in conditions}
+    outputs = {c: [] for c in conditions}
     order = sum(split["real"][m].sum(1) for m in STREAMS).argsort(stable=True)
     for index in order.split(min(size, clips_at_a_time(split))):
         streams, _, real = data.batch(split, index)
         joint = represent_sets(model, streams, real) if model.encode else {}
-        for name, present in masks.items():
-            if name in joint:
-                h = joint[name]
+        for condition, present in masks.items():
+            if condition in joint:
+                h = joint[condition]
             else:
                 h = model.represent(hide(streams, present, index), real)
-            outputs[name].append(model.classify(h))
+            outputs[condition].append(model.classify(h))
     place = order.argsort()     # where each clip of the split stands in `order`
-    return {name: torch.cat(parts).cpu()[place] for name, parts in outputs.items()}
+    result = {}
+    for condition, parts in outputs.items():
+        result[condition] = torch.cat(parts).cpu()[place]
+        if not result[condition].isfinite().all():
+            raise DataError(f"The answers under condition {condition} are not finite: the model's weights have "
+                            "grown too large. Train again with a lower --lr.")
+    return result
 
 
 def clips_at_a_time(split: dict) -> int:
@@ -287,12 +272,9 @@ def hide(streams: dict, present: dict, index: torch.Tensor) -> dict:
 def represent_sets(model, streams: dict, real: dict) -> dict[str, torch.Tensor]:
     """Set -> joint representation (B, width) of a model that encodes each stream by itself: two encodings a
     stream, whole and absent, put together, in the place of seven passes."""
-    whole, absent, joint = {}, {}, {}
-    for m in STREAMS:
-        whole[m] = model.encode(m, streams[m], real[m])
-        masks, which = real[m].unique(dim=0, return_inverse=True)       # absent, clips of one length are alike
-        zeros = streams[m].new_zeros(len(masks), *streams[m].shape[1:])
-        absent[m] = model.encode(m, zeros, masks)[which]
+    whole = {m: model.encode(m, streams[m], real[m]) for m in STREAMS}
+    absent = {m: model.encode(m, torch.zeros_like(streams[m]), real[m]) for m in STREAMS}
+    joint = {}
     for name, available in data.SETS.items():
         parts = [whole[m] if m in available else absent[m] for m in STREAMS]
         joint[name] = torch.cat(parts, dim=-1)
@@ -397,19 +379,21 @@ def fit_linear(loaded: dict, task: str) -> dict | None:
     """The arguments of Linear but the task: for each set of streams a ridge regression on the complete training
     clips, to the sentiment or to -1 and 1 for a decision. The strength, one for all sets, and whether the means
     alone are used are the best on validation over the available sets. Nothing is drawn. None for feature folders."""
-    train = loaded["train"]
+    train, valid = loaded["train"], loaded["valid"]
     if isinstance(train["text"], data.Frames):
         return None
     index, truth = targets(train["label"].cpu(), task)
     y = truth.double().reshape(len(truth), -1)                                      # (n, outputs)
     if task != "regression":
         y = 2 * y - 1
-    x = torch.cat([represent_linear(data.batch(train, clips)[0]) for clips in index.split(data.CHUNK)])    # (n, width)
+    x = pooled_clips(train, index, "lav")                                           # (n, width)
     x_mean, y_mean = x.mean(0), y.mean(0)
     products, target = (x - x_mean).T @ (x - x_mean), (x - x_mean).T @ (y - y_mean)
     widths = torch.tensor([4 * train[m].shape[2] for m in STREAMS])
     stream = torch.tensor([1, 2, 4]).repeat_interleave(widths)                      # a column's bit in a set's number
     is_mean = torch.cat([torch.arange(width) < width / 4 for width in widths.tolist()])
+    everybody = torch.arange(len(valid["label"]))
+    h = {c: pooled_clips(valid, everybody, c) for c in data.distinct(data.SETS, loaded["lacking"])}
     candidates = []
     for kept in (is_mean, torch.ones_like(is_mean)):
         for strength in STRENGTHS:
@@ -417,11 +401,21 @@ def fit_linear(loaded: dict, task: str) -> dict | None:
             for number in range(1, 8):      # of 0, no stream at all, the mean label remains
                 columns = (kept & (stream & number > 0)).nonzero()[:, 0]
                 equations = products[columns][:, columns] + strength * torch.eye(len(columns)).double()
-                weight[number][:, columns] = torch.linalg.solve(equations, target[columns]).T
-            candidates.append({"weight": weight, "bias": y_mean - weight @ x_mean, "widths": widths})
-    sets = data.distinct(data.SETS, loaded["lacking"])
-    return max(candidates, key=lambda linear: score(
-        evaluate(Linear(task, **linear), task, loaded["valid"], sets, "valid")))
+                factor = torch.linalg.cholesky(equations)
+                weight[number][:, columns] = torch.cholesky_solve(target[columns], factor).T
+            linear = {"weight": weight, "bias": y_mean - weight @ x_mean, "widths": widths}
+            outputs = {c: Linear(task, **linear).classify(pooled) for c, pooled in h.items()}
+            candidates.append((score(measure(task, valid, outputs, "valid")), linear))
+    return max(candidates, key=lambda candidate: candidate[0])[1]
+
+
+def pooled_clips(split: dict, index: torch.Tensor, condition: str) -> torch.Tensor:
+    """What Linear represents of these clips, (n, width), under a set of streams."""
+    present, parts = data.evaluation_masks(split["real"], condition, ""), []
+    for clips in index.split(data.CHUNK):
+        streams, _, _ = data.batch(split, clips)
+        parts.append(represent_linear(hide(streams, present, clips)))
+    return torch.cat(parts)
 
 
 class Linear(torch.nn.Module):
@@ -471,20 +465,19 @@ def pool(stream: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------- numbers
 
 class Row(NamedTuple):
-    """A row of the tables, with one number for each of `columns`, nan where there is none.
+    """A row of the tables. A column without a number is in none of its dicts.
 
-    kind: "ours"; "paper" and "difference" to it; "paired", the difference to the reference or to the linear
-    baseline, seed by seed; "constant" and "linear", whose name is their task; "realised", the share of frames
-    that was dropped. low, high: the 95 % interval of a paired difference."""
+    kind: "ours"; "paper"; "paired", the difference to the full method or to the linear baseline, seed by seed;
+    "constant"; "linear"."""
     metric: str
     kind: str
     name: str
-    against: str                # what was subtracted: "the paper", "linear" or a name; or ""
+    against: str                # what was subtracted: "linear" or a name; or ""
     n: int | None               # seeds; None where the number does not vary with them
-    mean: np.ndarray
-    std: np.ndarray             # over the seeds, ddof 1
-    low: np.ndarray
-    high: np.ndarray
+    mean: dict                  # column -> number
+    std: dict                   # over the seeds, ddof 1
+    low: dict                   # the 95 % interval of a paired difference
+    high: dict
 
 
 def make_tables(groups: dict) -> list[dict]:
@@ -502,42 +495,44 @@ def make_tables(groups: dict) -> list[dict]:
     return list(tables.values())
 
 
-def make_rows(table: dict, reference: str | None, rates: list[float]) -> list[Row]:
+def make_rows(table: dict, rates: list[float]) -> list[Row]:
     """Every number of the tables on one data set."""
-    first = next(iter(table.values()))[0]
-    weights = draw_weights(first["clips"]["units"])
+    weights = draw_weights(next(iter(table.values()))[0]["clips"]["units"])
     tasks = {runs[0]["run"]["task"]: runs[:1] for runs in table.values()}       # all runs of a task have its baselines
     rows = []
     for metric in METRICS:
         for name, runs in table.items():
             rows.append(row_of(metric, "ours", name, "", levels(runs, "conditions", metric, rates)))
-        for name, runs in table.items():
-            ours, paper = levels(runs, "conditions", metric, rates), reported(runs[0], metric, rates)
-            rows.append(row_of(metric, "paper", name, "", paper))
-            rows.append(row_of(metric, "difference", name, "the paper", ours - paper))
-            against = reference or runs[0]["run"]["method"]
-            if against in table and against != name:
-                rows.append(paired(metric, name, against, runs, table[against], "conditions", rates, weights))
+            rows.append(row_of(metric, "paper", f"{name}, paper", "", [reported(runs[0], metric)]))
+            full = runs[0]["run"]["method"]
+            if full in table and full != name:
+                rows.append(paired(metric, name, full, runs, table[full], "conditions", rates, weights))
             rows.append(paired(metric, name, "linear", runs, runs, "linear", rates, weights))
         for task, one in tasks.items():
             for kind in ("constant", "linear"):
-                rows.append(row_of(metric, kind, task, "", levels(one, kind, metric, rates)))
-    shares = {}
-    for p in map(str, rates):
-        realised = first["conditions"][p]["realised"].values()
-        shares[p] = statistics.fmean(share for share in realised if share is not None)
-    rows.append(row_of("", "realised", "", "", np.array([by_column(shares, rates)])))
-    return [row for row in rows if row and not np.isnan(row.mean).all()]
+                name = kind if len(tasks) == 1 else f"{kind}, {task}"
+                rows.append(row_of(metric, kind, name, "", levels(one, kind, metric, rates)))
+    return [row for row in rows if row.mean]
 
 
-def columns(rates: list[float]) -> list[str]:
-    return [*TITLES, *map(str, rates), "area"]
+def levels(runs: list[dict], part: str, metric: str, rates: list[float], weights=None) -> list[dict]:
+    """For each run column -> number. part: "conditions" (the model's results), "constant" or "linear". With weights
+    (draws, clips) a number is an array (draws,), on each of the drawn test sets."""
+    result = []
+    for run in runs:
+        values = {c: cell[metric] for c, cell in run[part].items() if metric in cell}
+        if weights is not None:
+            clips, task = run["clips"], run["run"]["task"]
+            for c in values:
+                answer = clips[part][c]
+                values[c] = drawn_metric(metric, task, answer, clips["truth"], weights[:, clips["index"]])
+        result.append(with_means(values, rates))
+    return result
 
 
-def by_column(values: dict, rates: list[float]) -> list:
-    """A number (or an array of draws) for each of `columns`, of condition -> number. Avg.: the mean over
-    those of the six incomplete sets that the data can answer; area: the mean height of the curve over the
-    span of the rates."""
+def with_means(values: dict, rates: list[float]) -> dict:
+    """The numbers of the conditions and two columns more. avg: the mean over those of the six incomplete sets that the
+    data can answer; area: the mean height of the curve over the span of the rates."""
     values = dict(values)
     six = [values[c] for c in ("l", "a", "v", "la", "lv", "av") if c in values]
     if six:
@@ -546,58 +541,55 @@ def by_column(values: dict, rates: list[float]) -> list:
     if len(curve) == len(rates) > 1:
         parts = [(q - p) * (a + b) / 2 for p, q, a, b in zip(rates, rates[1:], curve, curve[1:])]
         values["area"] = sum(parts) / (rates[-1] - rates[0])
-    return [values.get(column, math.nan) for column in columns(rates)]
+    return values
 
 
-def levels(runs: list[dict], part: str, metric: str, rates: list[float], weights=None) -> np.ndarray:
-    """(seeds, columns). part: "conditions" (the model's results), "constant" or "linear". With weights (draws,
-    clips): on each of the drawn test sets, (seeds, columns, draws)."""
-    rows = []
-    for result in runs:
-        values = {c: cell[metric] for c, cell in result[part].items() if metric in cell}
-        if weights is not None:
-            clips, task = result["clips"], result["run"]["task"]
-            for c in values:
-                answer = clips[part][c]
-                values[c] = drawn_metric(metric, task, answer, clips["truth"], weights[:, clips["index"]])
-        rows.append(np.broadcast_arrays(*by_column(values, rates)))
-    return np.array(rows, dtype=float)
+def minus(ours: list[dict], theirs: list[dict]) -> list[dict]:
+    """The differences, pair by pair and column by column."""
+    result = []
+    for a, b in zip(ours, theirs):
+        result.append({column: a[column] - b[column] for column in a if column in b})
+    return result
 
 
-def row_of(metric: str, kind: str, name: str, against: str, numbers: np.ndarray) -> Row:
-    """The row of these numbers (seeds, columns)."""
-    none = np.full(numbers.shape[1], math.nan)
-    std = numbers.std(0, ddof=1) if len(numbers) > 1 else none
-    n = len(numbers) if kind in ("ours", "difference", "paired") else None
-    return Row(metric, kind, name, against, n, numbers.mean(0), std, none, none)
+def row_of(metric: str, kind: str, name: str, against: str, numbers: list[dict]) -> Row:
+    """The row of these numbers, a dict column -> number for each seed."""
+    n = len(numbers) if kind in ("ours", "paired") else None
+    row = Row(metric, kind, name, against, n, {}, {}, {}, {})
+    for column in numbers[0] if numbers else ():
+        values = [of_seed[column] for of_seed in numbers]
+        if not math.isnan(sum(values)):
+            row.mean[column] = statistics.fmean(values)
+            if len(values) > 1:
+                row.std[column] = statistics.stdev(values)
+    return row
 
 
 def paired(metric: str, name: str, against: str, ours: list[dict], theirs: list[dict], part: str,
-           rates: list[float], weights: np.ndarray) -> Row | None:
+           rates: list[float], weights: np.ndarray) -> Row:
     """The difference of the model's numbers of `ours` and the numbers `part` of `theirs`, over the seeds that both
-    have; None where they have none in common."""
+    have."""
     pairs = [(a, b) for a in ours for b in theirs if a["run"]["seed"] == b["run"]["seed"]]
-    if not pairs:
-        return None
-    ours, theirs = zip(*pairs)
-    difference = levels(ours, "conditions", metric, rates) - levels(theirs, part, metric, rates)
-    row = row_of(metric, "paired", name, against, difference)
-    if metric not in MAIN or np.isnan(row.mean).all():
-        return row
-    draws = levels(ours, "conditions", metric, rates, weights) - levels(theirs, part, metric, rates, weights)
-    low, high = interval(draws)
-    return row._replace(low=low, high=high)
+    ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
+    differences = minus(levels(ours, "conditions", metric, rates), levels(theirs, part, metric, rates))
+    row = row_of(metric, "paired", name, against, differences)
+    if metric in MAIN and row.mean:
+        drawn = minus(levels(ours, "conditions", metric, rates, weights), levels(theirs, part, metric, rates, weights))
+        for column in row.mean:
+            of_seeds = np.array([of_seed[column] for of_seed in drawn])
+            row.low[column], row.high[column] = interval(of_seeds)
+    return row
 
 
-def reported(result: dict, metric: str, rates: list[float]) -> np.ndarray:
-    """(1, columns): the paper's numbers, where they may be compared."""
-    run, numbers = result["run"], {}
-    if comparison(result)[0]:
-        reported_of = METHODS[run["method"]].REPORTED.get(run["dataset"], {}).get(run["ablation"], {})
-        numbers = dict(reported_of.get(metric, {}))
+def reported(result: dict, metric: str) -> dict:
+    """Column -> the paper's number, where it may be compared."""
+    run = result["run"]
+    if not comparison(result)[0]:
+        return {}
+    numbers = METHODS[run["method"]].REPORTED.get(run["dataset"], {}).get(run["ablation"], {}).get(metric, {})
     if "lav" in numbers:
-        numbers["0.0"] = numbers["lav"]         # at 0.0 nothing is dropped
-    return np.array([[numbers.get(column, math.nan) for column in columns(rates)]])
+        numbers = {**numbers, "0.0": numbers["lav"]}        # at 0.0 nothing is dropped
+    return numbers
 
 
 def comparison(result: dict) -> tuple[bool, str]:
@@ -645,13 +637,12 @@ def drawn_metric(metric: str, task: str, answer: np.ndarray, truth: np.ndarray, 
     return 100 * ((yes_no + yes_yes) * f1_yes + (no_no + no_yes) * f1_no) / weights.sum(1)
 
 
-def interval(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % interval of the mean difference in each column, of differences (seeds, columns, draws): each draw of
-    clips gets a draw of seeds."""
-    seeds, _, draws = differences.shape
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of the mean of differences (seeds, draws): each draw of clips gets a draw of seeds."""
+    seeds, draws = differences.shape
     counts = np.random.default_rng(1).multinomial(seeds, np.full(seeds, 1 / seeds), draws)     # (draws, seeds)
-    means = np.einsum("ds,scd->cd", counts / seeds, differences)
-    return tuple(np.percentile(means, (2.5, 97.5), axis=1))
+    means = (counts.T * differences).sum(0) / seeds
+    return tuple(np.percentile(means, (2.5, 97.5)).tolist())
 
 
 # ---------------------------------------------------------------------------------- text, file, figure
@@ -670,101 +661,81 @@ def show(table: dict, rows: list[Row], args) -> None:
     methods = {runs[0]["run"]["method"] for runs in table.values()}
     own_titles = METHODS[methods.pop()].TABLE if len(methods) == 1 else {}
     extension = ", an extension: not in the paper" if own_titles else ""
-    counts = sorted({row.n for row in rows if row.kind == "ours"})
-    seeds = "n = " + " or ".join(map(str, counts))
-    if own_titles:
-        show_tables(METRICS, f"the paper's table, {seeds}", rows, own_titles, args.rates)
-    show_tables(MAIN, f"available streams, {seeds}{extension}", rows, TITLES, args.rates)
+    counts = {row.n for row in rows if row.kind == "ours"}
+    n = " or ".join(map(str, sorted(counts)))
+    show_tables(f"the paper's table, n = {n}", rows, own_titles)
+    show_tables(f"available streams, n = {n}{extension}", rows, TITLES)
     if args.rates:
         fitting = args.rates[::max(1, math.ceil(len(args.rates) / 6))]      # all are in --csv and --plot
         titles = {str(p): f"{p:.4}" for p in fitting}
         if len(args.rates) > 1:
             titles["area"] = "area"
         not_subtracted = [row for row in rows if not row.against]
-        title = f"share of frames dropped in every stream, {seeds}{extension}"
-        show_tables(MAIN, title, not_subtracted, titles, args.rates)
-    print()
-    for line in legend(rows, bool(own_titles), table, args):
-        print(line)
-    print()
+        show_tables(f"share of frames dropped in every stream, n = {n}{extension}", not_subtracted, titles)
+    print("\n" + "\n".join(legend(table, rows, args)) + "\n")
 
 
-def show_tables(metrics: tuple, title: str, rows: list[Row], titles: dict, rates: list[float]) -> None:
-    """Print for each metric the table of its levels and one of its differences to each row that is subtracted."""
-    for metric in metrics:
-        unit = "" if metric in ("MAE", "Corr") else " in %"
+def show_tables(title: str, rows: list[Row], titles: dict) -> None:
+    """Print for each main metric the table of its levels and one of its differences to each row that is subtracted."""
+    for metric in MAIN:
         tables = {}         # what is subtracted -> rows
         for row in rows:
-            if row.metric == metric:
+            if row.metric == metric and row.mean.keys() & titles.keys():
                 tables.setdefault(row.against, []).append(row)
         for against, those in tables.items():
+            unit = "" if metric == "MAE" else " in %"
             what = f" minus that of {against}" if against else ""
-            show_table(f"{metric}{unit}{what}: {title}", those, titles, rates)
+            print(f"\n{metric}{unit}{what}: {title}\n")
+            show_table(those, titles)
 
 
-def show_table(title: str, rows: list[Row], titles: dict, rates: list[float]) -> None:
+def show_table(rows: list[Row], titles: dict) -> None:
     """Print these rows, with the columns of `titles` (column -> title), as Markdown of at most WIDTH columns: the
     mean, and under it the deviation over the seeds."""
-    place = [columns(rates).index(column) for column in titles]
-    rows = [row for row in rows if not np.isnan(row.mean[place]).all()]
-    if not rows:
-        return
-    tasks = {row.name for row in rows if row.kind == "constant"}
-    entries = []        # the label of a row and its one or two lines of numbers
-    for row in rows:
-        label = {"paper": f"{row.name}, paper", "constant": "constant", "linear": "linear"}.get(row.kind, row.name)
-        if row.kind in ("constant", "linear") and len(tasks) > 1:
-            label += f", {row.name}"
-        means, deviations = zip(*(cell(row, i) for i in place))
-        entries.append((label, [means, deviations] if any(deviations) else [means]))
-    texts = [titles.values(), *(line for _, lines in entries for line in lines)]
-    widths = [max(map(len, column)) for column in zip(*texts)]
+    widths = [max(7, len(title)) for title in titles.values()]
     room = min(30, WIDTH - 4 - sum(width + 3 for width in widths))      # what is left for the labels
     line_form = f"| {{:{room}}} | " + " | ".join(f"{{:>{width}}}" for width in widths) + " |"
-    print(f"\n{title}\n")
     print(line_form.format("", *titles.values()))
     print(line_form.format("-" * room, *("-" * width for width in widths)))
-    for label, lines in entries:
-        parts = [part.replace("_ ", "_") for part in textwrap.wrap(label.replace("_", "_ "), room)]
-        for part, line in itertools.zip_longest(parts, lines):
-            print(line_form.format(part or "", *(line or [""] * len(widths))))
+    for row in rows:
+        means, deviations = zip(*(cell(row, column) for column in titles))
+        lines = [means, deviations] if any(deviations) else [means]
+        label = [part.replace("_ ", "_") for part in textwrap.wrap(row.name.replace("_", "_ "), room)]
+        for part, texts in itertools.zip_longest(label, lines):
+            print(line_form.format(part or "", *(texts or [""] * len(titles))))
 
 
-def cell(row: Row, i: int) -> tuple[str, str]:
-    """The mean in column i as it is printed, with * where the interval leaves out 0; and its deviation."""
-    mean, std = row.mean[i], row.std[i]
-    if math.isnan(mean):
+def cell(row: Row, column: str) -> tuple[str, str]:
+    """The mean in this column as it is printed, with * where the interval leaves out 0; and its deviation."""
+    if column not in row.mean:
         return "-", ""
     digits = 2 if row.metric not in ("MAE", "Corr") else 3 if row.against else 4
     sign = "+" if row.against else ""
-    star = "*" if row.low[i] > 0 or row.high[i] < 0 else ""
-    return f"{mean:{sign}.{digits}f}{star}", "" if math.isnan(std) else f"±{std:.{digits}f}"
+    star = "*" if row.low.get(column, 0) > 0 or row.high.get(column, 0) < 0 else ""
+    deviation = f"±{row.std[column]:.{digits}f}" if column in row.std else ""
+    return f"{row.mean[column]:{sign}.{digits}f}{star}", deviation
 
 
-def legend(rows: list[Row], own: bool, table: dict, args) -> list[str]:
+def legend(table: dict, rows: list[Row], args) -> list[str]:
     """What the tables' words mean, of those that stand in them."""
-    metrics, kinds = {row.metric for row in rows}, {row.kind for row in rows}
-    tasks = {runs[0]["run"]["task"] for runs in table.values()}
-    answer = " or ".join("the median of the training labels" if task == "regression" else
-                         "the class that is commoner in training" for task in sorted(tasks))
-    starred = any(not np.isnan(row.low).all() for row in rows)
+    named, kinds = {row.metric for row in rows}, {row.kind for row in rows}
+    starred = any(row.low for row in rows)
     unit = next(iter(table.values()))[0]["clips"]["units"]
     drawn = "videos" if len(set(unit)) < len(unit) else "clips"
     lines = {
-        "F1 is weighted, of positive against negative clips; those of sentiment 0 are left out.": "F1" in metrics,
-        "Each emotion is a decision of its own; its F1 is weighted by yes and no.": "F1 happy" in metrics,
-        "MAE is in units of the label, less is better.": "MAE" in metrics,
-        "has0 counts sentiment 0 as not negative; Acc-7 compares the nearest whole numbers.":
-            own and "Acc-7" in metrics,
+        "F1 is weighted, of positive against negative clips; those of sentiment 0 are left out.": "F1" in named,
+        "Each emotion is a decision of its own; its F1 is weighted by yes and no.": "F1 happy" in named,
+        "MAE is in units of the label, less is better.": "MAE" in named,
         "Avg. is the mean of the sets before it that the data can answer; ± is the deviation over the seeds.": True,
-        f"constant always answers {answer}.": True,
+        "constant always answers the class that is commoner in training, or the median of a regression.": True,
         "linear is a ridge regression for each set of streams, on pooled frames of complete clips.": "linear" in kinds,
         "Differences are seed by seed. *: the 95 % interval leaves out 0, by "
         f"{DRAWS} draws of {drawn} and seeds.": starred,
         "The interval takes clips as independent, which those of one video are not.": starred and drawn == "clips",
         "area is the mean height of the curve over the share of dropped frames.": len(args.rates) > 1,
         "At 1.0 nothing is left of any clip: all clips of one length get the same answer there.": 1.0 in args.rates,
-        "-: there is no number. More metrics and rates are in --csv.": True,
+        "-: there is no number.": True,
+        "More metrics and rates are in --csv.": not args.csv,
     }
     return [line for line, stands in lines.items() if stands]
 
@@ -772,11 +743,10 @@ def legend(rows: list[Row], own: bool, table: dict, args) -> list[str]:
 def heading(name: str, runs: list[dict], args) -> list[str]:
     """What a row is: whose numbers, on which data, and every reason to read them with care."""
     first = runs[0]
-    run, source = first["run"], first["data"]
-    module, config = METHODS[run["method"]], run["config"]
-    seeds = " ".join(str(result["run"]["seed"]) for result in runs)
-    where = first["dataset"] if "," in first["dataset"] else f"on {run['dataset']}"
-    lines = [f"{name} {where}, {args.split} split, seeds {data.printable(seeds)}, mask seed {args.mask_seed}"]
+    run, source, config = first["run"], first["data"], first["run"]["config"]
+    module = METHODS[run["method"]]
+    seeds = data.printable(" ".join(str(result["run"]["seed"]) for result in runs))
+    lines = [f"{name} on {first['dataset']}, {args.split} split, seeds {seeds}, mask seed {args.mask_seed}"]
     lines.append(f"data: {data.identity(source)}")
     if source["synthetic"]:
         lines.append("SYNTHETIC data: these numbers say nothing about the papers'")
@@ -795,9 +765,9 @@ def heading(name: str, runs: list[dict], args) -> list[str]:
     if changed:
         notes.append(f"other settings than the defaults: {', '.join(changed)}")
     for result in runs:
-        seed, epochs = result["run"]["seed"], result["epochs_run"]
-        if epochs not in (None, config["epochs"]):
-            notes.append(f"seed {seed} was stopped after {epochs} of {config['epochs']} epochs")
+        if result["epochs_run"] not in (None, config["epochs"]):
+            notes.append(f"seed {result['run']['seed']} was stopped after {result['epochs_run']} of "
+                         f"{config['epochs']} epochs")
     if source["sha256"] != run["data"]["sha256"]:
         notes.append("this is not the file that the runs were trained on")
     return lines + [f"note: {note}" for note in notes if note]
@@ -807,18 +777,17 @@ CSV_HEADER = ("dataset", "synthetic", "data", "table", "metric", "kind", "name",
               "low", "high")
 
 
-def csv_lines(table: dict, rows: list[Row], rates: list[float]) -> list[tuple]:
+def csv_lines(table: dict, rows: list[Row]) -> list[tuple]:
     """The lines of --csv: every number of one data set's tables, in long form."""
     first = next(iter(table.values()))[0]
     about = first["dataset"], first["data"]["synthetic"], first["data"]["sha256"]
     lines = []
     for row in rows:
         name = f"{row.name} - {row.against}" if row.kind == "paired" else row.name
-        for column, *numbers in zip(columns(rates), row.mean, row.std, row.low, row.high):
-            mean, std, low, high = ("" if math.isnan(number) else number for number in numbers)
-            if mean != "":
-                part = "sets" if column in TITLES else "rates"
-                lines.append((*about, part, row.metric, row.kind, name, column, mean, std, row.n, low, high))
+        for column, mean in row.mean.items():
+            part = "sets" if column in TITLES else "rates"
+            others = row.std.get(column), row.n, row.low.get(column), row.high.get(column)
+            lines.append((*about, part, row.metric, row.kind, name, column, mean, *others))
     return lines
 
 
@@ -829,14 +798,26 @@ def write_csv(path: Path, header: tuple, lines: list[tuple]) -> None:
 
 
 def plot(path: Path, tables: list[tuple], args) -> None:
-    """A panel for each data set and main metric. tables: pairs of a table and its rows."""
+    """Curves over the share of dropped frames, a panel for each data set and main metric. tables: pairs of a table and
+    its rows."""
     panels = []
     for table, rows in tables:
-        metrics = {row.metric for row in rows}
-        panels += [(table, rows, metric) for metric in MAIN if metric in metrics]
+        for metric in MAIN:
+            curves = [row for row in rows if row.metric == metric and row.kind in ("ours", "constant", "linear")]
+            if curves:
+                panels.append((next(iter(table.values()))[0], metric, curves))
     figure = figure_class(path)(figsize=(4.5 * len(panels), 4), layout="constrained")
-    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        draw(axis, *panel, args)
+    for axis, (first, metric, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for row in curves:
+            mean = [row.mean.get(str(p), math.nan) for p in args.rates]
+            std = [row.std.get(str(p), 0) for p in args.rates]
+            style = {"ours": "o-", "constant": "k:", "linear": "k--"}[row.kind]
+            axis.errorbar(args.rates, mean, std, fmt=style, capsize=2, label=row.name)
+        synthetic = ", SYNTHETIC" if first["data"]["synthetic"] else ""
+        axis.set_title(f"{first['dataset']}{synthetic}\n{args.split} split, {first['conditions']['lav']['n']} clips")
+        axis.set_xlabel("share of frames dropped, p")
+        axis.set_ylabel("MAE, less is better" if metric == "MAE" else f"weighted {metric} (%)")
+        axis.legend(fontsize=7)
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix[1:], dpi=200)
     data.write(path, content.getvalue())
@@ -849,36 +830,6 @@ def figure_class(path: Path):
         return Figure
     except ImportError:
         raise DataError(f"--plot {path} needs matplotlib, which is not installed: pip install matplotlib.") from None
-
-
-def draw(axis, table: dict, rows: list[Row], metric: str, args) -> None:
-    """Curves over the share of dropped frames: a line for each group, a band of one standard deviation
-    over the seeds, a star for the paper's number, the baselines in black."""
-    place = [columns(args.rates).index(str(p)) for p in args.rates]
-    colors = {name: f"C{i}" for i, name in enumerate(table)}
-    for row in rows:
-        if row.metric != metric or row.against:
-            continue
-        mean, std = row.mean[place], row.std[place]
-        if row.kind == "ours":
-            label = f"{row.name}, {row.n} seed{'s' if row.n > 1 else ''}"
-            axis.plot(args.rates, mean, "o-", color=colors[row.name], label=label)
-            axis.fill_between(args.rates, mean - std, mean + std, color=colors[row.name], alpha=.15)
-        elif row.kind == "paper":
-            complete = row.mean[columns(args.rates).index("lav")]
-            if not math.isnan(complete):        # of some ablations the paper says Avg. alone
-                axis.plot(0, complete, "*", color=colors[row.name], markersize=12, label=f"{row.name}, paper")
-        else:
-            style = {"constant": ":", "linear": "--"}[row.kind]
-            axis.plot(args.rates, mean, style, color="black", label=f"{row.kind}, {row.name}")
-    first = next(iter(table.values()))[0]
-    methods = ", ".join(dict.fromkeys(runs[0]["run"]["method"] for runs in table.values()))
-    synthetic = ", SYNTHETIC" if first["data"]["synthetic"] else ""
-    clips = first["conditions"]["lav"]["n"]
-    axis.set_title(f"{methods} on {first['dataset']}{synthetic}\n{args.split} split, {clips} clips")
-    axis.set_xlabel("share of frames dropped, p")
-    axis.set_ylabel("MAE, less is better" if metric == "MAE" else f"weighted {metric} (%)")
-    axis.legend(fontsize=7)
 
 
 # ---------------------------------------------------------------------------------- run folders and checkpoints
@@ -895,9 +846,9 @@ def run_folders(paths: list[Path]) -> list[Path]:
     return sorted(folders)
 
 
-def check_groups(checkpoints: dict, reference: str | None) -> None:
-    """A DataError if runs in one folder differ in more than their seed, or not even in that, or none is called as
-    the reference; checkpoints: run folder -> checkpoint."""
+def check_groups(checkpoints: dict) -> None:
+    """A DataError if runs in one folder differ in more than their seed, or not even in that; checkpoints: run folder
+    -> checkpoint."""
     groups = {}
     for folder, checkpoint in checkpoints.items():
         groups.setdefault(folder.parent, []).append(checkpoint["run"])
@@ -908,9 +859,6 @@ def check_groups(checkpoints: dict, reference: str | None) -> None:
                             f"{', '.join(sorted(differ))}. Evaluate them one by one.")
         if len({run["seed"] for run in runs}) < len(runs):
             raise DataError(f"Two runs in {folder} have the same seed: name only one of them.")
-    names = sorted({group_name(runs[0]) for runs in groups.values()})
-    if reference and reference not in names:
-        raise DataError(f"--reference {reference}: the runs are of {', '.join(names)}.")
 
 
 def differences(run: dict, other: dict) -> list[str]:
@@ -993,9 +941,6 @@ def parse(argv=None) -> argparse.Namespace:
     add("--csv", type=file_of(".csv"), metavar="F.csv", help="write all numbers of the tables to F.csv, one a line")
     add("--plot", type=file_of(".png", ".pdf", ".svg"), metavar="F.png",
         help="draw F1 (and MAE) against the share of dropped frames (needs matplotlib)")
-    add("--reference", metavar="NAME",
-        help="the row that is subtracted from the others, seed by seed, for instance corrkd or \"corrkd "
-        "no_scd\" (default: the full method, from its ablations)")
     args = parser.parse_args(argv)
     if args.plot and not args.rates:
         parser.error("--plot draws curves over --rates: leave --no-rates out")

@@ -130,6 +130,8 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
         optimizer = begin_stage(model, stage, config, state, folder / "last.pt")
         teacher = teacher_rows(model, loaded["train"], index)
         sets = data.distinct(model.stages[stage], run["lacking"])       # the best epoch is chosen on these
+        metric = "-MAE" if run["task"] == "regression" else "F1"
+        print(f"{stage}: the epoch with the best {metric} on validation is kept, sets {' '.join(sets)}")
 
         for epoch in range(state["epoch"], config.epochs):
             began, name = time.perf_counter(), f"{stage} {epoch + 1}/{config.epochs}"
@@ -154,7 +156,7 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
             if last and better:
                 save(folder / "model.pt", dict(zip(ENTRIES, (run, load, loaded["stats"], linear, epoch + 1, weights))))
             save_state(folder, state)
-            print(f"{name}  {loss_text(losses)}  {valid_text(valid)}{', the best' if better else ''}  "
+            print(f"{name}  loss {losses['total']:.3f}  valid {score(valid):.4f}{', the best' if better else ''}  "
                   f"{time.perf_counter() - began:.1f} s")
 
         model.load_state_dict(state["best"]["weights"])     # the next stage goes on from the best epoch
@@ -223,18 +225,6 @@ def train_epoch(model, optimizer, split: dict, index, truth, teacher, config, ge
     return dict(zip(terms, (share @ values).tolist()))
 
 
-def loss_text(losses: dict) -> str:
-    return " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-
-
-def valid_text(valid: dict) -> str:
-    sets = "complete clips" if list(valid) == ["lav"] else f"mean of {len(valid)} sets"
-    regresses = any("MAE" in cell for cell in valid.values())
-    one_class = any(math.isnan(cell.get("F1", 0)) for cell in valid.values())       # see score
-    number = f"MAE {-score(valid):.4f}" if regresses else f"{'Acc-2' if one_class else 'F1'} {score(valid):.2f}"
-    return f"valid, {sets}: {number}"
-
-
 # ---------------------------------------------------------------------------------- what a run is
 
 def describe(args, ablation: str, seed, loaded: dict) -> dict:
@@ -276,9 +266,11 @@ def changes_of(method: str, ablation: str) -> dict:
             if kind is int and changes[name] < 1 or kind is float and not 0 <= changes[name] < 1e37:
                 raise ValueError
         except (TypeError, ValueError, KeyError):
-            known = ", ".join(f"{name} {type(value).__name__}" for name, value in defaults.items())
-            raise DataError(f"--ablate {setting}: {method} has {', '.join(module.ABLATIONS)}, all, and the settings "
-                            f"NAME=VALUE of {known}.") from None
+            if name in defaults:
+                said = f"{name} is of type {kind.__name__}, for instance {defaults[name]}."
+                raise DataError(f"--ablate {setting}: {said}") from None
+            raise DataError(f"--ablate {setting}: {method} has the ablations {', '.join(module.ABLATIONS)}, and the "
+                            f"settings NAME=VALUE with NAME one of {', '.join(defaults)}.") from None
     return changes
 
 
@@ -305,7 +297,7 @@ def introduce(run: dict, loaded: dict, device: torch.device) -> None:
     for note in (*source["notes"], data.comparison(run, source, module.FEATURES)[1]):
         if note:
             print(f"note: {note}")
-    print(f"model: {run['method']}, {parameters:,} parameters; {config}")
+    print(f"model: {run['method']}, {parameters:,} parameters; its settings are in config.json")
 
 
 def machine(device: torch.device) -> dict:

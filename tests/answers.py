@@ -105,8 +105,7 @@ def text(row: evaluation.Row | None, column: str) -> str:
     """A cell of the README: mean, deviation and n; bold where the interval leaves out 0."""
     if row is None:
         return "not run"
-    i = evaluation.columns([]).index(column)
-    mean, deviation = evaluation.cell(row, i)
+    mean, deviation = evaluation.cell(row, column)
     if mean == "-":
         return mean
     cell = f"{mean.removesuffix('*')}{deviation} ({row.n})"
@@ -120,15 +119,17 @@ def tables() -> str:
     heads = [f"{name}: ours|constant|linear" for name in FILES.values()]
     lines = [f"score|{'|'.join(heads)}", "|".join(["---"] * 7)]
     for form, column in SCORES:
-        metric, i = "F1" if form == "corrkd" else "MAE", evaluation.columns([]).index(column)
+        metric = "F1" if form == "corrkd" else "MAE"
         cells = [f"{NAMES[form]}{COLUMNS[column]}, {metric}"]
         for file_runs in files:
             task = "polarity" if metric == "F1" else "regression"
             linear = file_runs.get(f"linear-{task}")
             baselines = ["not run"] * 2
             if linear:
-                rows = [evaluation.levels(linear, part, metric, [])[0][i] for part in ("constant", "conditions")]
-                baselines = ["-" if np.isnan(number) else f"{number:.{2 if metric == 'F1' else 4}f}" for number in rows]
+                baselines = []
+                for part in ("constant", "conditions"):
+                    number = evaluation.levels(linear, part, metric, [])[0].get(column)
+                    baselines.append("-" if number is None else f"{number:.{2 if metric == 'F1' else 4}f}")
             cells += [text(row(file_runs, form), column), *baselines]
         lines.append("|".join(cells))
     lines += ["", f"difference|{'|'.join(FILES.values())}|the paper, MOSI", "|".join(["---"] * 4)]

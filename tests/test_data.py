@@ -209,15 +209,17 @@ def test_nothing_is_noted_of_good_files_and_no_video_of_the_standard_splits(tmp_
 
 
 @pytest.mark.parametrize("dataset, names", [
-    ("mosi", ("mosi_raw", "mosi_data", "aligned_50", "mosi_data_noalign", "unaligned_50")),
-    ("mosei", ("mosei_senti_data", "mosei_raw", "aligned_50", "mosei_senti_data_noalign", "unaligned_50")),
+    ("mosi", ("mosi_raw", "mosi_data", "MOSI/Processed/aligned_50", "mosi_data_noalign",
+              "MOSI/Processed/unaligned_50")),
+    ("mosei", ("mosei_senti_data", "mosei_raw", "MOSEI/Processed/aligned_50", "mosei_senti_data_noalign",
+               "MOSEI/Processed/unaligned_50")),
     ("iemocap", ("iemocap_data", "iemocap_data_noalign"))])
 def test_word_aligned_files_come_first_and_a_missing_one_is_told(tmp_path, dataset, names):
     with pytest.raises(DataError, match="--synthetic"):
         data.find(dataset, tmp_path)
     for name in reversed(names):
-        (tmp_path / f"{name}.pkl").touch()
-        assert data.find(dataset, tmp_path).stem == name
+        written((tmp_path / name).parent, b"", f"{Path(name).name}.pkl")
+        assert data.find(dataset, tmp_path) == tmp_path / f"{name}.pkl"
 
 
 def test_a_file_whose_sizes_are_about_those_of_another_data_set_is_refused(tmp_path, monkeypatch):
@@ -549,7 +551,7 @@ def test_check_says_what_a_file_is_and_what_the_programs_will_miss(tmp_path, cap
     whole = written(tmp_path / "whole", made) / "mosi_data.pkl"
     part = written(tmp_path / "part", {"test": made["test"]}) / "mosi_data.pkl"
     for path, code, parts in (
-            (whole, 0, ("labels as of mosi", "SHA-256 " + data.sha256(whole), "train: 5 clips, labels from",
+            (whole, 0, ("labels as of mosi", "SHA-256 " + data.sha256(whole)[:16], "train: 5 clips, labels from",
                         "(5, 12, 4), 5.0 real frames a clip", "test has 5 clips, the paper's 686")),
             (part, 0, ("test: 5 clips, no labels", "no train and no valid: train.py refuses this file, eval.py")),
             (tmp_path / "nothing", 2, ["does not exist"]), (tmp_path / "waits", 2, ["is no regular file"])):

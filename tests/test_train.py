@@ -179,7 +179,8 @@ def test_what_a_run_begins_with_and_follows(tmp_path, monkeypatch, capsys):
     assert best["stats"] and raw["stats"] is None and raw["run"]["normalize"] is False and raw["run"]["limit"] == 8
     valid, said = history(tmp_path, "mosi/double_flow/s5")[0]["valid"], capsys.readouterr().out
     mean = sum(cell["MAE"] for cell in valid.values()) / len(valid)
-    assert f"total 1.250  valid, mean of {len(valid)} sets: MAE {mean:.4f}, the best" in said and valid["av"]["n"] == 8
+    assert f"loss 1.250  valid {-mean:.4f}, the best" in said and valid["av"]["n"] == 8
+    assert f"the epoch with the best -MAE on validation is kept, sets {' '.join(valid)}\n" in said
     assert "clips: 8 for training, 8 for validation; widths text 6 audio 4 vision 3" in said
     monkeypatch.chdir("runs")
     assert evaluation.main([".", "--no-rates"]) == 0
@@ -333,7 +334,7 @@ def test_a_validation_split_of_one_class_and_a_stream_that_one_split_lacks(tmp_p
     written(tmp_path / "data", made)
     assert run(tmp_path, epochs="1") == 0
     assert set(history(tmp_path)[-1]["valid"]) == {"l", "a", "la"}      # {l,a,v} is {l,a}, which counts once
-    assert "valid, mean of 3 sets: Acc-2 " in capsys.readouterr().out
+    assert "one class alone in valid" in (said := capsys.readouterr().out) and "accuracy chooses" in said
 
 
 def test_settings_are_a_run_each_beside_the_full_method(tmp_path, capsys):
@@ -410,10 +411,10 @@ MISTAKES = [
     ("--features audio=a audio=b --labels x", "names a stream twice"),
     (FEATURES, "lacks audio, vision"),
     (f"{FEATURES} --official x", "--official is for"),
-    ("--synthetic --ablate all no_sdc", "no_sdc: corrkd has no_scd"),
-    ("--synthetic --ablate margin=wide", "margin float"),
-    ("--synthetic --ablate layers=0", "layers int"),
-    ("--synthetic --ablate scd_raw=1", "scd_raw bool"),
+    ("--synthetic --ablate all no_sdc", "no_sdc: corrkd has the ablations no_scd"),
+    ("--synthetic --ablate margin=wide", "margin is of type float"),
+    ("--synthetic --ablate layers=0", "layers is of type int"),
+    ("--synthetic --ablate scd_raw=1", "scd_raw is of type bool"),
     ("--synthetic --ablate aligned=False", "settings NAME=VALUE"),
     ("--synthetic --limit 40 --ablate heads=7", "no multiple of"),
 ]
