@@ -74,7 +74,7 @@ METRICS = (*MAIN, "F1 has0", "Acc-2", "Acc-2 has0", "Acc-7", "Corr")
 STRENGTHS = (1e5, 1e4, 1e3, 1e2, 1e1, 1e0)      # of the ridge regressions that are the linear baseline
 DRAWS = 1000            # of test clips and seeds, for the interval of a difference
 VIDEOS = 20             # from so many on, whole videos are drawn in the place of clips
-FRAMES = 2 ** 16        # clips times frames that are evaluated at a time: bounds the memory
+FRAMES = 2 ** 13        # clips times frames that are evaluated at a time: bounds memory and padding
 WIDTH = 100             # of a printed table
 
 
@@ -253,7 +253,7 @@ def predict(model, split: dict, conditions, split_name: str, mask_seed: int = 0,
 
 
 def clips_at_a_time(split: dict) -> int:
-    """At most 256, fewer where clips are long, so that unaligned data does not ask for too much memory."""
+    """At most 256, fewer where clips are long: less memory, and less padding to the longest of them."""
     frames = sum(split["real"][m].shape[1] for m in STREAMS)
     return max(1, min(256, FRAMES // frames))
 
