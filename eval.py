@@ -147,8 +147,8 @@ def evaluate_run(folder: Path, checkpoint: dict, loaded: dict, args, device) -> 
         "mask_seed": args.mask_seed,
         "data": loaded["source"],
         "lacking": loaded["lacking"],
-        "conditions": measure(task, split, all_outputs["conditions"], args.split, args.mask_seed),
-        "linear": measure(task, split, all_outputs["linear"], args.split, args.mask_seed),
+        "conditions": measure(task, split, all_outputs["conditions"]),
+        "linear": measure(task, split, all_outputs["linear"]),
         "constant": {str(c): always for c in conditions},
     }
     without_nan = json.loads(json.dumps(result), parse_constant=lambda _: None)      # strict JSON has no NaN
@@ -205,22 +205,17 @@ def prediction_lines(task: str, split: dict, outputs: dict) -> tuple[tuple, list
 # ---------------------------------------------------------------------------------- predictions
 
 def evaluate(model, task: str, split: dict, conditions, split_name: str, mask_seed: int = 0) -> dict:
-    """str(condition) -> {"n": clips that count, "realised": stream -> share of frames dropped, metric:
-    value}."""
-    outputs = predict(model, split, conditions, split_name, mask_seed)
-    return measure(task, split, outputs, split_name, mask_seed)
+    """str(condition) -> {"n": clips that count, metric: value}."""
+    return measure(task, split, predict(model, split, conditions, split_name, mask_seed))
 
 
-def measure(task: str, split: dict, outputs: dict, split_name: str, mask_seed: int = 0) -> dict:
+def measure(task: str, split: dict, outputs: dict) -> dict:
     """evaluate's result, from the outputs of `predict`."""
-    index, truth = targets(split["label"], task)
-    index, truth = index.cpu(), truth.cpu().numpy()
+    index, truth = (part.cpu() for part in targets(split["label"], task))
     results = {}
     for condition, output in outputs.items():
-        present = data.evaluation_masks(split["real"], condition, split_name, mask_seed)
-        values = metrics(task, answers(task, output[index]).numpy(), truth)
-        realised = data.realised(present, split["real"])
-        results[str(condition)] = {"n": len(truth), "realised": realised, **values}
+        values = metrics(task, answers(task, output[index]).numpy(), truth.numpy())
+        results[str(condition)] = {"n": len(truth), **values}
     return results
 
 
@@ -405,7 +400,7 @@ def fit_linear(loaded: dict, task: str) -> dict | None:
                 weight[number][:, columns] = torch.cholesky_solve(target[columns], factor).T
             linear = {"weight": weight, "bias": y_mean - weight @ x_mean, "widths": widths}
             outputs = {c: Linear(task, **linear).classify(pooled) for c, pooled in h.items()}
-            candidates.append((score(measure(task, valid, outputs, "valid")), linear))
+            candidates.append((score(measure(task, valid, outputs)), linear))
     return max(candidates, key=lambda candidate: candidate[0])[1]
 
 
