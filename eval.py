@@ -74,7 +74,7 @@ METRICS = (*MAIN, "F1 has0", "Acc-2", "Acc-2 has0", "Acc-7", "Corr")
 STRENGTHS = (1e5, 1e4, 1e3, 1e2, 1e1, 1e0)      # of the ridge regressions that are the linear baseline
 DRAWS = 1000            # of test clips and seeds, for the interval of a difference
 VIDEOS = 20             # from so many on, whole videos are drawn in the place of clips
-FRAMES = 2 ** 13        # clips times frames that are evaluated at a time: bounds memory and padding
+FRAMES = 2 ** 16        # clips times frames that are evaluated at a time: bounds the memory
 WIDTH = 100             # of a printed table
 
 
@@ -220,9 +220,9 @@ def measure(task: str, split: dict, outputs: dict) -> dict:
 
 
 @torch.no_grad()
-def predict(model, split: dict, conditions, split_name: str, mask_seed: int = 0, size: int = 256) -> dict:
+def predict(model, split: dict, conditions, split_name: str, mask_seed: int = 0, size: int = 64) -> dict:
     """Condition -> outputs (N, ...) on the CPU. A condition is a set of streams ("l" ... "lav") or a rate of dropped
-    frames. Clips go through in batches of similar length, at most `size` at a time, fewer where clips are long, which
+    frames. Clips go through in batches of similar length, so with little padding, at most `size` at a time, which
     changes no answer. A DataError if an output is not finite."""
     model.eval()
     masks = {c: data.evaluation_masks(split["real"], c, split_name, mask_seed) for c in conditions}
@@ -248,7 +248,7 @@ def predict(model, split: dict, conditions, split_name: str, mask_seed: int = 0,
 
 
 def clips_at_a_time(split: dict) -> int:
-    """At most 256, fewer where clips are long: less memory, and less padding to the longest of them."""
+    """At most 256, fewer where clips are long, so that unaligned data does not ask for too much memory."""
     frames = sum(split["real"][m].shape[1] for m in STREAMS)
     return max(1, min(256, FRAMES // frames))
 
