@@ -22,15 +22,7 @@ A run is a folder, of the form
                     epoch   in which epoch of the last stage these weights were best; None with --official
                     model   the weights, of CorrKD those of teacher, student and critics
 
-The features that Double-Flow's authors give (see the README) are folders; with --official FILE, their checkpoint,
-nothing is trained, without it all is (not run here: their addresses cannot be reached from our machines):
-
-    python train.py --method double_flow --dataset mosei --labels label_official.npz --out runs/official --features \\
-        text=features_mosei/vicuna-7b-v1.5-FRA-wavlm2vicuna-half-gt audio=features_mosei/wavlm-large-FRA_-5 \\
-        vision=features_mosei/manet_FRA \\
-        "simulated_text=features_mosei/vicuna-7b-v1.5-FRA-wavlm2vicuna-half-wav+prompt[take_generate_wordembed_-4]" \\
-        --official mosei_mult-view_kd_full_0.5060_0.5503.pt
-    python eval.py runs/official/mosei/double_flow
+--features, --labels and --official are for what Double-Flow's authors give; the README has the commands.
 
 Runs are independent of each other, so the shell runs several side by side, and a cluster many:
 
@@ -43,7 +35,6 @@ Runs are independent of each other, so the shell runs several side by side, and 
 import argparse
 import io
 import json
-import math
 import os
 import platform
 import shlex
@@ -64,7 +55,6 @@ from eval import (ENTRIES, FORMAT, METHODS, clips_at_a_time, constant, device_na
                   read_checkpoint, score, targets)
 
 START_OVER = "It is not as train.py writes it: start over with --no-resume."
-LAST = ("run", "stage", "epoch", "finished", "best", "model", "optimizer", "history")     # what last.pt holds
 
 
 # ---------------------------------------------------------------------------------- training
@@ -75,17 +65,9 @@ def train_all(args) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # without it CUDA's matrix products refuse
     torch.use_deterministic_algorithms(args.deterministic)
     device = device_named(args.device)
-    for ablation in args.ablate:
-        changes_of(args.method, ablation)       # a misspelled one is told now, not after the data is read
     load = {name: vars(args)[name] for name in ("data_dir", "synthetic", "features", "labels")}
     loaded = data.load(args.dataset, splits=("train", "valid"), device=device, normalize=args.normalize,
                        limit=args.limit, **load)
-    if args.official:
-        run = describe(args, "", "official", loaded)
-        introduce(run, loaded, device)
-        adopt(run, run_folder(args, run), load, args.official)
-        return
-
     runs = [describe(args, ablation, seed, loaded) for ablation in args.ablate for seed in args.seeds]
     introduce(runs[0], loaded, device)
     linear = None       # the linear baseline, the same for all runs
@@ -94,19 +76,19 @@ def train_all(args) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         data.check_writable(folder)
         print(f"\n{folder}")
+        if args.official:
+            adopt(run, folder, load, args.official)
+            continue
         state = None if args.no_resume else restore(folder, run)
         if state and state["finished"]:
             print("finished already")
             continue
-        if state:
-            tell_of_another_machine(folder, device)
         linear = linear or fit_linear(loaded, run["task"])
         train(run, folder, loaded, load, linear, device, state)
-    groups = dict.fromkeys(run_folder(args, run).parent for run in runs)
-    full = run_folder(args, {**runs[0], "ablation": ""}).parent         # what ablations are compared with
-    if any(full.glob("*/model.pt")):
-        groups = {full: None, **groups}
-    print(f"\nthe test table: python eval.py {shlex.join(map(str, groups))}")
+    ablations = dict.fromkeys(["", *args.ablate])       # with the full method, if it is trained, to compare with
+    groups = [run_folder(args, {**runs[0], "ablation": ablation}).parent for ablation in ablations]
+    trained = [str(group) for group in groups if any(group.glob("*/model.pt"))]
+    print(f"\nthe test table: python eval.py {shlex.join(trained)}")
 
 
 def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None, device, state: dict | None) -> None:
@@ -117,17 +99,21 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
     truth = truth.to(device)
     torch.manual_seed(run["seed"])
     model = module.Model(run["dims"], run["task"], config).to(device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     stages = list(model.stages)
-    if state is None:
-        state = {"run": run, "stage": 0, "epoch": 0, "best": None, "history": []}
-    else:
+    state = state or {"run": run, "stage": 0, "epoch": 0, "best": None, "history": []}
+    if state["history"]:
+        tell_of_going_on(folder, state["history"][-1], device)
         with data.reading(folder / "last.pt", START_OVER):
             model.load_state_dict(state["model"])
-        print(f"continuing after {stages[state['stage']]} epoch {state['epoch']}")
 
     for number in range(state["stage"], len(stages)):
         stage, last = stages[number], number == len(stages) - 1
-        optimizer = begin_stage(model, stage, config, state, folder / "last.pt")
+        model.begin(stage)
+        learning = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(learning, lr=config.lr, weight_decay=config.weight_decay)
+        if state["epoch"]:
+            optimizer.load_state_dict(state["optimizer"])
         teacher = teacher_rows(model, loaded["train"], index)
         sets = data.distinct(model.stages[stage], run["lacking"])       # the best epoch is chosen on these
         metric = "-MAE" if run["task"] == "regression" else "F1"
@@ -140,38 +126,26 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
                 optimizer.param_groups[0]["lr"] = config.lr * module.learning_rate_factor(epoch)
             losses = train_epoch(model, optimizer, loaded["train"], index, truth, teacher, config, generator, name)
             valid = evaluate(model, run["task"], loaded["valid"], sets, "valid")
-
-            better = epoch == 0 or score(valid) > state["best"]["score"]
+            now = score(valid)
+            better = epoch == 0 or now > state["best"]["score"]
             if better:      # a copy, as the weights go on changing; on the CPU, so that any machine reads model.pt
                 weights = {key: value.to("cpu", copy=True) for key, value in model.state_dict().items()}
-                state["best"] = {"score": score(valid), "epoch": epoch + 1, "weights": weights}
-            line = {"stage": stage, "epoch": epoch + 1, "best": state["best"]["epoch"],
-                    "losses": losses, "valid": valid}
-            state = {**state, "stage": number, "epoch": epoch + 1, "finished": last and epoch + 1 == config.epochs,
-                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                     "history": [*state["history"], line]}
+                state["best"] = {"score": now, "epoch": epoch + 1, "weights": weights}
+            state["history"].append({"stage": stage, "epoch": epoch + 1, "best": state["best"]["epoch"],
+                                     "losses": losses, "valid": valid})
+            state.update(stage=number, epoch=epoch + 1, finished=last and epoch + 1 == config.epochs,
+                         model=model.state_dict(), optimizer=optimizer.state_dict())
             if number == 0 and epoch == 0:
                 begin_folder(folder, run, load, device)
             # Before last.pt: a run that is stopped in between repeats this epoch.
             if last and better:
                 save(folder / "model.pt", dict(zip(ENTRIES, (run, load, loaded["stats"], linear, epoch + 1, weights))))
             save_state(folder, state)
-            print(f"{name}  loss {losses['total']:.3f}  valid {score(valid):.4f}{', the best' if better else ''}  "
+            print(f"{name}  loss {losses['total']:.3f}  valid {now:.4f}{', the best' if better else ''}  "
                   f"{time.perf_counter() - began:.1f} s")
 
         model.load_state_dict(state["best"]["weights"])     # the next stage goes on from the best epoch
         state["epoch"] = 0
-
-
-def begin_stage(model, stage: str, config, state: dict, path: Path) -> torch.optim.Adam:
-    """The optimizer of a stage that begins, or goes on from `state`, which is what last.pt at `path` holds."""
-    model.begin(stage)
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learning, lr=config.lr, weight_decay=config.weight_decay)
-    if state["epoch"]:
-        with data.reading(path, START_OVER):
-            optimizer.load_state_dict(state["optimizer"])
-    return optimizer
 
 
 @torch.no_grad()
@@ -201,7 +175,6 @@ def train_epoch(model, optimizer, split: dict, index, truth, teacher, config, ge
     """One pass over the clips of `index` (n,), whose targets are truth (n, ...) and whose teacher's outputs are the
     rows of `teacher`. Returns the mean of each loss term."""
     model.train()
-    parameters = optimizer.param_groups[0]["params"]
     order = data.batches({m: split["real"][m][index] for m in data.STREAMS}, config.batch_size, generator)
     step_losses = []
     for rows in tqdm(order, desc=name, unit="step", leave=False, disable=None):
@@ -211,7 +184,7 @@ def train_epoch(model, optimizer, split: dict, index, truth, teacher, config, ge
         optimizer.zero_grad()
         terms["total"].backward()
         if config.clip:
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip)
         optimizer.step()
         step_losses.append(torch.stack([term.detach() for term in terms.values()]))
     values = torch.stack(step_losses).double().cpu()    # (steps, terms); the device is waited for only here
@@ -232,10 +205,8 @@ def describe(args, ablation: str, seed, loaded: dict) -> dict:
     nothing is trained. DataError if the method refuses its settings."""
     module = METHODS[args.method]
     task = module.TASKS[args.dataset]
-    flags = {name: vars(args)[name] for name in ("epochs", "batch_size", "lr") if vars(args)[name] is not None}
-    changes = {"mia": "off"} if args.official else changes_of(args.method, ablation)
-    config = replace(module.PAPER[args.dataset], aligned=loaded["aligned"], **{**flags, **changes})
-    source = loaded["source"]
+    flags = {name: vars(args)[name] for name in ("epochs", "batch_size", "lr") if vars(args)[name]}
+    config = replace(module.PAPER[args.dataset], aligned=loaded["aligned"], **{**flags, **args.ablate[ablation]})
     try:
         with torch.device("meta"):      # no memory: only to hear now what Model refuses
             module.Model(loaded["dims"], task, config)
@@ -246,32 +217,8 @@ def describe(args, ablation: str, seed, loaded: dict) -> dict:
         "seed": seed, "limit": args.limit, "normalize": args.normalize,
         "dims": loaded["dims"], "lacking": loaded["lacking"], "config": asdict(config),
         "constant": constant(targets(loaded["train"]["label"], task)[1], task),
-        "data": {name: source[name] for name in ("sha256", "synthetic", "sizes")},
+        "data": {name: loaded["source"][name] for name in ("sha256", "synthetic", "sizes")},
     }
-
-
-def changes_of(method: str, ablation: str) -> dict:
-    """The fields of Config that an ablation changes: one of ABLATIONS, or settings like margin=1.0,layers=3."""
-    module = METHODS[method]
-    if ablation in ("", *module.ABLATIONS):
-        return dict(module.ABLATIONS.get(ablation, {}))
-    defaults = asdict(module.Config())
-    defaults.pop("aligned")         # which the data says
-    changes = {}
-    for setting in ablation.split(","):
-        name, _, text = setting.partition("=")
-        kind = type(defaults.get(name))
-        try:
-            changes[name] = {"True": True, "False": False}[text] if kind is bool else kind(text)
-            if kind is int and changes[name] < 1 or kind is float and not 0 <= changes[name] < 1e37:
-                raise ValueError
-        except (TypeError, ValueError, KeyError):
-            if name in defaults:
-                said = f"{name} is of type {kind.__name__}, for instance {defaults[name]}."
-                raise DataError(f"--ablate {setting}: {said}") from None
-            raise DataError(f"--ablate {setting}: {method} has the ablations {', '.join(module.ABLATIONS)}, and the "
-                            f"settings NAME=VALUE with NAME one of {', '.join(defaults)}.") from None
-    return changes
 
 
 def run_folder(args, run: dict) -> Path:
@@ -282,22 +229,15 @@ def run_folder(args, run: dict) -> Path:
 
 def introduce(run: dict, loaded: dict, device: torch.device) -> None:
     """Print what is about to run, on which data and by which code. `run`: the first of the runs."""
-    module, source, computer = METHODS[run["method"]], loaded["source"], machine(device)
-    config = module.Config(**run["config"])
-    model = module.Model(run["dims"], run["task"], config)
-    parameters = sum(p.numel() for p in model.parameters())
-    widths = " ".join(f"{m} {width}" for m, width in run["dims"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in computer["versions"].items())
-    print(f"command: {computer['command']}")
-    print(f"code: commit {computer['commit']}; {versions}")
-    print(f"device: {computer['device']}")
+    source = loaded["source"]
+    for name, value in machine(device).items():
+        print(f"{name}: {value}")
     print(f"data: {data.identity(source)}")
     print(f"clips: {len(loaded['train']['label'])} for training, {len(loaded['valid']['label'])} for validation; "
-        f"widths {widths}")
-    for note in (*source["notes"], data.comparison(run, source, module.FEATURES)[1]):
+          f"widths {run['dims']}")
+    for note in (*source["notes"], data.comparison(run, source, METHODS[run["method"]].FEATURES)[1]):
         if note:
             print(f"note: {note}")
-    print(f"model: {run['method']}, {parameters:,} parameters; its settings are in config.json")
 
 
 def machine(device: torch.device) -> dict:
@@ -315,11 +255,11 @@ def commit() -> str:
     try:
         for command in (["ls-files", "--error-unmatch", "train.py"],
                         ["describe", "--always", "--dirty", "--exclude=*"]):
-            answer = subprocess.run(["git", *command], cwd=Path(__file__).resolve().parent, capture_output=True,
-                                    text=True, errors="replace", check=True)
+            answer = subprocess.check_output(["git", *command], cwd=Path(__file__).resolve().parent,
+                                             stderr=subprocess.DEVNULL, text=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return answer.stdout.strip()
+    return answer.strip()
 
 
 # ---------------------------------------------------------------------------------- files of a run
@@ -329,16 +269,17 @@ def restore(folder: Path, run: dict) -> dict | None:
     path = folder / "last.pt"
     if not path.exists():
         return None
-    state = read_checkpoint(path, LAST, START_OVER)
-    differ = [name for name in differences(run, state["run"]) if name != "constant"]      # which follows from others
-    if differ:
+    state = read_checkpoint(path, ("run",), START_OVER)
+    if differ := differences(run, state["run"]):
         raise DataError(f"{folder} holds a run of another configuration (it differs in {', '.join(differ)}). "
                         "Name another folder with --out, or start over with --no-resume.")
     return state
 
 
-def tell_of_another_machine(folder: Path, device: torch.device) -> None:
-    """Print a note if the run in this folder began on another device, thread count or torch."""
+def tell_of_going_on(folder: Path, line: dict, device: torch.device) -> None:
+    """Print after which line of the log a run goes on, and a note if it began on another device, thread count or
+    torch."""
+    print(f"continuing after {line['stage']} epoch {line['epoch']}")
     with data.reading(folder / "config.json", START_OVER):
         began = json.loads((folder / "config.json").read_text())
         before, now = (f"{each['device']}, torch {each['versions']['torch']}" for each in (began, machine(device)))
@@ -372,25 +313,21 @@ def save(path: Path, content: dict) -> None:
 
 
 def adopt(run: dict, folder: Path, load: dict, path: Path) -> None:
-    """A run folder whose model.pt holds the weights of the official code's published checkpoint."""
+    """Write a model.pt that holds the weights of the official code's published checkpoint."""
     module = METHODS[run["method"]]
     model = module.Model(run["dims"], run["task"], module.Config(**run["config"]))
-    weights = read_checkpoint(path, (), "It is damaged or no checkpoint: download it again.")
-    try:
-        model.load_official(weights)
-    except ValueError as error:
-        raise DataError(f"--official {path}: {error}.") from None
-    folder.mkdir(parents=True, exist_ok=True)
+    advice = "It is damaged or not the published checkpoint: download it again."
+    with data.reading(path, advice):
+        model.load_official(read_checkpoint(path, (), advice))
     save(folder / "model.pt", dict(zip(ENTRIES, (run, load, None, None, None, model.state_dict()))))
-    print(f"{folder} holds the weights of {path}; evaluate it: python eval.py {shlex.quote(str(folder))}")
 
 
 # ---------------------------------------------------------------------------------- command line
 
 def main(argv=None) -> int:
     args = parse(argv)
-    again = "without --no-resume the same command" if args.no_resume else "the same command"
-    return data.run_program(lambda: train_all(args), f"stopped; {again} goes on after the last finished epoch")
+    stopped = "stopped; the same command (without --no-resume) goes on after the last finished epoch"
+    return data.run_program(lambda: train_all(args), stopped)
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -398,14 +335,15 @@ def parse(argv=None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python train.py --method M --dataset D [options]; -h explains them")
     add = parser.add_argument
+    positive = number(int, 1, 2**31)
     add("--method", choices=METHODS, required=True)
     add("--dataset", choices=data.SIZES, required=True)
     source = parser.add_mutually_exclusive_group().add_argument
-    source("--data-dir", type=os.path.abspath, default=os.path.abspath("data"), metavar="PATH",
+    source("--data-dir", type=os.path.abspath, default="data",
            help="a data file, or a folder that holds one (default: data)")
     source("--synthetic", action="store_true",
            help="use a made-up stand-in of the data set's size; results say SYNTHETIC")
-    source("--features", type=feature_folder, nargs="+", metavar="NAME=DIR",
+    source("--features", type=feature_folder, nargs="+", default=(), metavar="NAME=DIR",
            help="feature folders instead of a pickle, as Double-Flow's authors have them: text=DIR audio=DIR "
            "vision=DIR simulated_text=DIR, each with a <clip>.npy or a folder <clip> of .npy for each clip; they are "
            f"used as they are, but for training clips of more than {data.MAX_FRAMES} frames, which are left out")
@@ -414,12 +352,11 @@ def parse(argv=None) -> argparse.Namespace:
     add("--official", type=Path, metavar="FILE",
         help="train nothing: make a run folder of the published checkpoint of Double-Flow's official code, "
         "MIA off as in its main file, for eval.py to evaluate on --features")
-    add("--seeds", type=number(int, -2**63, 2**63 - 1), nargs="+", default=[1111, 1112, 1113, 1114, 1115], metavar="N",
+    add("--seeds", type=number(int, -2**63, 2**63 - 1), nargs="+", default=[1111, 1112, 1113, 1114, 1115],
         help="a run for each (default: 1111 1112 1113 1114 1115)")
-    add("--epochs", type=number(int, 1, 2**31), metavar="N", help="of each stage (default: PAPER in the method's file)")
-    add("--batch-size", type=number(int, 1, 2**31), metavar="N", help="default: PAPER in the method's file")
-    add("--lr", type=number(float, 1e-37, 1e37), metavar="X",
-        help="learning rate of Adam (default: PAPER in the method's file)")
+    add("--epochs", type=positive, help="of each stage (default: PAPER in the method's file)")
+    add("--batch-size", type=positive, help="default: PAPER in the method's file")
+    add("--lr", type=number(float, 1e-37, 1e37), help="learning rate of Adam (default: PAPER in the method's file)")
     add("--ablate", nargs="+", default=[""], metavar="NAME",
         help="a run for each NAME instead of the full method, whose own name is \"\"; all: it and each name of "
         + "; ".join(f"{name}: {', '.join(module.ABLATIONS)}" for name, module in METHODS.items())
@@ -427,9 +364,9 @@ def parse(argv=None) -> argparse.Namespace:
     add("--no-normalize", dest="normalize", action="store_false",
         help="use the features as they are, not standardised by the training split")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
-    add("--out", type=Path, default=Path("runs"), help="folder for the run folders (default: runs)")
+    add("--out", type=Path, default="runs", help="folder for the run folders (default: runs)")
     add("--no-resume", action="store_true", help="start over instead of going on where a run stopped")
-    add("--limit", type=number(int, 1, 2**31), metavar="N",
+    add("--limit", type=positive, metavar="N",
         help="only the first N clips of each split, for a quick look")
     add("--deterministic", action="store_true",
         help="let CUDA repeat every number bit for bit, as a CPU does anyway; slower")
@@ -438,16 +375,38 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error("--features and --labels belong together")
     if args.official and not (args.features and args.method == "double_flow"):
         parser.error("--official is for --method double_flow with --features and --labels")
-    streams = [name for name, _ in args.features or ()]
-    if len(set(streams)) < len(streams):
-        parser.error(f"--features names a stream twice: {', '.join(streams)}")
-    args.features = dict(args.features or ())
+    args.features = dict(args.features)
     args.normalize = args.normalize and not args.features
     if "all" in args.ablate:
         args.ablate = ["", *METHODS[args.method].ABLATIONS, *args.ablate]
-    args.ablate = [name for name in dict.fromkeys(args.ablate) if name != "all"]
-    args.seeds = list(dict.fromkeys(args.seeds))
+    args.ablate = {name: changes_of(name, args.method, parser) for name in args.ablate if name != "all"}
+    if args.official:       # one run, as the official code's main file has it
+        args.ablate, args.seeds = {"": {"mia": "off"}}, ["official"]
     return args
+
+
+def changes_of(ablation: str, method: str, parser) -> dict:
+    """The fields of Config that an ablation changes: one of ABLATIONS, or settings like margin=1.0,layers=3."""
+    module = METHODS[method]
+    named = {"": {}, **module.ABLATIONS}
+    if ablation in named:
+        return named[ablation]
+    defaults = asdict(module.Config())
+    defaults.pop("aligned")         # which the data says
+    changes = {}
+    for setting in ablation.split(","):
+        name, _, text = setting.partition("=")
+        if name not in defaults:
+            parser.error(f"--ablate {setting}: {method} has the ablations {', '.join(module.ABLATIONS)}, and the "
+                         f"settings NAME=VALUE with NAME one of {', '.join(defaults)}")
+        kind = type(defaults[name])
+        try:
+            changes[name] = {"True": True, "False": False}[text] if kind is bool else kind(text)
+            if kind is int and changes[name] < 1 or kind is float and not 0 <= changes[name] < 1e37:
+                raise ValueError
+        except (KeyError, ValueError):
+            parser.error(f"--ablate {setting}: {name} is of type {kind.__name__}, for instance {defaults[name]}")
+    return changes
 
 
 def feature_folder(text: str) -> tuple[str, str]:
