@@ -76,11 +76,11 @@ def train_all(args) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         data.check_writable(folder)
         print(f"\n{folder}")
-        if args.official:
+        if args.official:       # nothing is trained
             adopt(run, folder, load, args.official)
             continue
-        state = None if args.no_resume else restore(folder, run)
-        if state and state["finished"]:
+        state = restore(folder, run, args.no_resume)
+        if state["finished"]:
             print("finished already")
             continue
         linear = linear or fit_linear(loaded, run["task"])
@@ -91,8 +91,8 @@ def train_all(args) -> None:
     print(f"\nthe test table: python eval.py {shlex.join(trained)}")
 
 
-def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None, device, state: dict | None) -> None:
-    """All stages of one run, from `state` on, which is what last.pt holds, or from the beginning (None)."""
+def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None, device, state: dict) -> None:
+    """All stages of one run, from `state` on, which becomes what last.pt holds."""
     module = METHODS[run["method"]]
     config = module.Config(**run["config"])
     index, truth = targets(loaded["train"]["label"].cpu(), run["task"])
@@ -101,7 +101,6 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
     model = module.Model(run["dims"], run["task"], config).to(device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     stages = list(model.stages)
-    state = state or {"run": run, "stage": 0, "epoch": 0, "best": None, "history": []}
     if state["history"]:
         tell_of_going_on(folder, state["history"][-1], device)
         with data.reading(folder / "last.pt", START_OVER):
@@ -135,7 +134,7 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
                                      "losses": losses, "valid": valid})
             state.update(stage=number, epoch=epoch + 1, finished=last and epoch + 1 == config.epochs,
                          model=model.state_dict(), optimizer=optimizer.state_dict())
-            if number == 0 and epoch == 0:
+            if number == epoch == 0:
                 begin_folder(folder, run, load, device)
             # Before last.pt: a run that is stopped in between repeats this epoch.
             if last and better:
@@ -264,11 +263,11 @@ def commit() -> str:
 
 # ---------------------------------------------------------------------------------- files of a run
 
-def restore(folder: Path, run: dict) -> dict | None:
-    """What last.pt holds, or None where nothing is to go on from. Another run's folder is refused."""
+def restore(folder: Path, run: dict, start_over: bool) -> dict:
+    """What last.pt holds, or what a run begins with. Another run's folder is refused."""
     path = folder / "last.pt"
-    if not path.exists():
-        return None
+    if start_over or not path.exists():
+        return {"run": run, "stage": 0, "epoch": 0, "best": None, "history": [], "finished": False}
     state = read_checkpoint(path, ("run",), START_OVER)
     if differ := differences(run, state["run"]):
         raise DataError(f"{folder} holds a run of another configuration (it differs in {', '.join(differ)}). "
@@ -296,6 +295,16 @@ def begin_folder(folder: Path, run: dict, load: dict, device) -> None:
     data.write(folder / "config.json", json.dumps({"run": run, "load": load, **machine(device)}, indent=1).encode())
 
 
+def adopt(run: dict, folder: Path, load: dict, path: Path) -> None:
+    """Write a model.pt that holds the weights of the official code's published checkpoint."""
+    module = METHODS[run["method"]]
+    model = module.Model(run["dims"], run["task"], module.Config(**run["config"]))
+    advice = "It is damaged or not the published checkpoint: download it again."
+    with data.reading(path, advice):
+        model.load_official(read_checkpoint(path, (), advice))
+    save(folder / "model.pt", dict(zip(ENTRIES, (run, load, None, None, None, model.state_dict()))))
+
+
 def save_state(folder: Path, state: dict) -> None:
     """last.pt, which alone decides where a run goes on, and log.jsonl, which repeats its history. Going on is exact:
     only whole epochs are saved; batches, masks and dropout start anew from seed, stage and epoch; validation masks
@@ -310,16 +319,6 @@ def save(path: Path, content: dict) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     data.write(path, buffer.getvalue())
-
-
-def adopt(run: dict, folder: Path, load: dict, path: Path) -> None:
-    """Write a model.pt that holds the weights of the official code's published checkpoint."""
-    module = METHODS[run["method"]]
-    model = module.Model(run["dims"], run["task"], module.Config(**run["config"]))
-    advice = "It is damaged or not the published checkpoint: download it again."
-    with data.reading(path, advice):
-        model.load_official(read_checkpoint(path, (), advice))
-    save(folder / "model.pt", dict(zip(ENTRIES, (run, load, None, None, None, model.state_dict()))))
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -366,8 +365,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--out", type=Path, default="runs", help="folder for the run folders (default: runs)")
     add("--no-resume", action="store_true", help="start over instead of going on where a run stopped")
-    add("--limit", type=positive, metavar="N",
-        help="only the first N clips of each split, for a quick look")
+    add("--limit", type=positive, metavar="N", help="only the first N clips of each split, for a quick look")
     add("--deterministic", action="store_true",
         help="let CUDA repeat every number bit for bit, as a CPU does anyway; slower")
     args = parser.parse_args(argv)
@@ -377,16 +375,18 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error("--official is for --method double_flow with --features and --labels")
     args.features = dict(args.features)
     args.normalize = args.normalize and not args.features
+    # Of each ablation the changes: a misspelled one is told before the data is read.
     if "all" in args.ablate:
         args.ablate = ["", *METHODS[args.method].ABLATIONS, *args.ablate]
     args.ablate = {name: changes_of(name, args.method, parser) for name in args.ablate if name != "all"}
-    if args.official:       # one run, as the official code's main file has it
+    if args.official:       # one run, with MIA off as in the official code's main file
         args.ablate, args.seeds = {"": {"mia": "off"}}, ["official"]
     return args
 
 
 def changes_of(ablation: str, method: str, parser) -> dict:
-    """The fields of Config that an ablation changes: one of ABLATIONS, or settings like margin=1.0,layers=3."""
+    """The fields of Config that an ablation changes: one of ABLATIONS, or settings like margin=1.0,layers=3. A mistake
+    ends the program."""
     module = METHODS[method]
     named = {"": {}, **module.ABLATIONS}
     if ablation in named:
