@@ -31,7 +31,6 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +61,6 @@ FILES = {       # looked for in this order: aligned to words and of the papers' 
 SYNTHETIC = "SYNTHETIC stand-in, version 1"
 GLOVE = {"text": 300, "audio": 74, "vision": 35}    # widths of the papers' GloVe, COVAREP and Facet
 CHUNK = 256             # clips handled at a time: bounds every temporary copy
-MEANT = ("Sentiments are meant, in [-3, 3]: below 0 negative, above 0 positive, 0 counts as neither; or four emotions, "
-         "each with clips that have it and clips that have it not.")
 MAX_FRAMES = 1500       # of a training clip in feature folders, longer ones are left out; our choice
 
 
@@ -91,9 +88,6 @@ def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "v
     if features and (normalize or dataset == "iemocap" or labels is None):
         raise DataError("--features is for --dataset mosi or mosei, with --labels FILE, Double-Flow's "
                         "label_official.npz; from Python with normalize=False.")
-    if normalize and stats is None and splits and "train" not in splits:
-        raise DataError("Features are standardised by the training split, which is not among the asked ones: give the "
-                        "stats of an earlier load, or normalize=False for a run made with --no-normalize.")
     if features:
         result, source = load_folders(features, Path(labels), splits, limit)
     else:
@@ -105,19 +99,19 @@ def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "v
         source["notes"].append("the streams are not aligned")
     if normalize and stats is None:
         if "train" not in result:
-            raise DataError(f"{source['file']} has no train to standardise by: give stats, or normalize=False.")
+            raise DataError("Features are standardised by the training split, which is not among the splits read: give "
+                            "the stats of an earlier load, or normalize=False for a run made with --no-normalize.")
         stats = statistics(result["train"])
     for split in result.values():
         if normalize:
             standardize(split, stats)
-        for m in streams(split):
-            split[m] = split[m].to(device)
-        if split["label"] is not None:
-            split["label"] = split["label"].to(device)
+        for name in (*streams(split), "label"):
+            if split[name] is not None:
+                split[name] = split[name].to(device)
     lacking = set().union(*(split["lacking"] for split in result.values()))
     return {
         **result, "dataset": dataset, "dims": dims, "aligned": aligned,
-        "lacking": [m for m in STREAMS if m in lacking],
+        "lacking": sorted(lacking, key=STREAMS.index),
         "stats": stats if normalize else None, "source": source,
     }
 
@@ -125,16 +119,14 @@ def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "v
 def load_arrays(dataset, data_dir, splits, synthetic: bool, limit: int | None, across: bool) -> tuple[str, dict, dict]:
     """The data set's name, the splits as tensors and their source, of a pickle or of the stand-in; as `load` says."""
     if synthetic:
+        content = {s: stand_in(dataset, s) for s in splits}
         source = {"file": SYNTHETIC, "sha256": None, "synthetic": True, "sizes": list(SIZES[dataset]), "notes": []}
     else:
         dataset, content, source = load_pickle(dataset, data_dir, splits, across)
-        splits = splits or list(content)
     result = {}
-    for s in splits:
-        where = f"{source['file']}, split {s}"
-        fields = stand_in(dataset, s) if synthetic else content.pop(s)
-        with reading(where, "Download it again."):
-            result[s] = tensors(fields, dataset, where, limit, need_labels=s != "test" and "train" in splits)
+    for s, fields in content.items():
+        with reading(f"{source['file']}, split {s}", "Repair the file or download it again."):
+            result[s] = tensors(fields, dataset, limit, need_labels=s != "test" and "train" in content)
     return dataset, result, source
 
 
@@ -145,7 +137,7 @@ def load_pickle(dataset: str | None, data_dir, splits, across: bool) -> tuple[st
     with reading(path, "Download it again, or write a dict of numpy arrays by pickle.dump."):
         content, synthetic = read_pickle(path, splits or ())
         sizes = [len(content[s].get("text", ())) if s in content else None for s in SPLITS]
-        ids = {s: read_ids(content[s]) for s in content}
+        ids = {s: read_ids(fields) for s, fields in content.items()}
         emotions = np.shape(next(iter(content.values())).get("labels"))[1:2] == (4,)
     meant = data_set_of(sizes)
     if dataset is None:
@@ -208,25 +200,25 @@ def video_of(clip: str) -> str:
 def content_notes(dataset: str, result: dict, file: str) -> list[str]:
     """What a reader of a table should know of the splits' content; result: split -> split. DataError if nothing can be
     learned from the training labels."""
-    notes, one_class = [], []
+    notes = []
     for m in STREAMS:
         if without := [s for s, split in result.items() if m in split["lacking"]]:
             notes.append(f"no {m} in {', '.join(without)}: a set with it is not answered and counts in no average; "
                          "{l,a,v} is what there is")
-    for s, split in result.items():
-        label = split["label"]
-        if label is None:
-            continue
-        decisions = label.T if dataset == "iemocap" else (label[label != 0] > 0)[None]
+    labels = {s: split["label"] for s, split in result.items() if split["label"] is not None}
+    one_class = []
+    for s, label in labels.items():
+        decisions = label.T if dataset == "iemocap" else [label[label != 0] > 0]
         if any(len(decision.unique()) < 2 for decision in decisions):
             one_class.append(s)
     if "train" in one_class:
-        raise DataError(f"{file}: the training labels (with --limit the first ones) leave one class alone. {MEANT}")
+        raise DataError(f"{file}: the training labels (with --limit the first ones) leave one class alone. Sentiments "
+                        "are meant, in [-3, 3]: below 0 negative, above 0 positive, 0 counts as neither; or four "
+                        "emotions, each with clips that have it and clips that have it not.")
     if one_class:
         notes.append(f"labels of one class alone in {', '.join(one_class)}: its F1 means nothing and is \"-\"; of "
                      "valid, accuracy chooses the epoch")
-    labels = [split["label"] for split in result.values() if split["label"] is not None]
-    if dataset != "iemocap" and labels and all(label.abs().max() <= 1 for label in labels):
+    if dataset != "iemocap" and labels and all(label.abs().max() <= 1 for label in labels.values()):
         notes.append("all labels lie within [-1, 1]: Acc-7, which is of [-3, 3], means nothing")
     return notes
 
@@ -272,60 +264,51 @@ def comparison(run: dict, source: dict, paper: dict) -> tuple[bool, str]:
 
 # ---------------------------------------------------------------------------------- a split as tensors
 
-def tensors(fields: dict, dataset: str, where: str, limit: int | None = None, need_labels=True) -> dict:
+def tensors(fields: dict, dataset: str, limit: int | None, need_labels: bool) -> dict:
     """One split's arrays, checked and shifted to position 0, as the dict that the file's opening describes. `fields` is
-    used up: an array leaves memory as soon as its tensor is there."""
-    names = [m for m in (*STREAMS, SIMULATED) if m in STREAMS or m in fields]
-    counts = {m: len(feature_array(fields, m, where)) for m in names}
-    ids, label = read_ids(fields), read_labels(fields, dataset, where)
+    used up: an array leaves memory as soon as its tensor is there. ValueError for what is wrong with them."""
+    names = [*STREAMS, SIMULATED] if SIMULATED in fields else STREAMS
+    counts = {m: len(feature_array(fields, m)) for m in names}
+    ids, label = read_ids(fields), read_labels(fields, dataset)
     if label is not None:
         counts["labels"] = len(label)
         label = label[:limit]
     elif need_labels:
-        raise DataError(f"{where} has neither 'labels' nor 'regression_labels', only {', '.join(fields)}.")
+        raise ValueError(f"it has neither 'labels' nor 'regression_labels', only {', '.join(fields)}")
     if ids:
         counts["ids"] = len(ids)
     if len(set(counts.values())) > 1:
-        raise DataError(f"{where}: the numbers of clips do not match: {counts}.")
+        raise ValueError(f"the numbers of clips do not match: {counts}")
     split, nonzero = {"label": label, "id": ids[:limit], "real": {}}, {}
     for m in names:
-        split[m] = read_features(fields.pop(m)[:limit], m, where, ids)
+        split[m] = read_features(fields.pop(m)[:limit], m, ids)
         nonzero[m] = (split[m] != 0).any(-1)
     split["lacking"] = [m for m in STREAMS if not nonzero[m].any()]
-    stated = fields
     if is_aligned(split):                       # one span for all streams, whatever lengths are stated
-        stated = {}
+        fields = {}
         together = nonzero["text"] | nonzero["audio"] | nonzero["vision"]
         nonzero.update(dict.fromkeys(STREAMS, together))
     for m in names:
         longest = split[m].shape[1]
-        length = read_lengths(stated, m, where, counts[m], longest)
-        start, stop = spans(nonzero[m], length[:limit])
-        split["real"][m] = torch.arange(longest) < (stop - start)[:, None]
-        shift(split[m], start)
+        stated = read_lengths(fields, m, counts[m], longest)
+        start, length = spans(nonzero[m], stated[:limit])
+        split["real"][m] = torch.arange(longest) < length[:, None]
+        for i in start.nonzero()[:, 0].tolist():        # what stands before the start is zero and comes to stand behind
+            split[m][i] = split[m][i].roll(-int(start[i]), 0)
     return split
 
 
-def spans(nonzero: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First real frame of each clip and the one behind its last (0, 0 where there is none): the span of its frames
-    that are not all zero, (N, T), widened to the stated length (N,) where that covers it from the front or the back."""
+def spans(nonzero: torch.Tensor, stated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First real frame of each clip and the number of them (0, 0 where there is none): the span of its frames that are
+    not all zero, (N, T), widened to the stated length (N,) where that covers it from the front or the back."""
     longest = nonzero.shape[1]
-    frames = torch.arange(longest)
-    length = length.clamp(min=1)
-    start = torch.where(nonzero, frames, longest).amin(1)
-    stop = torch.where(nonzero, frames + 1, 0).amax(1)
-    start = start.minimum(stop)
-    padded_behind = (stop > 0) & (stop <= length)       # and the stated length fits
-    padded_in_front = (stop == longest) & (start >= stop - length) & ~padded_behind
-    start = torch.where(padded_behind, 0, torch.where(padded_in_front, stop - length, start))
-    return start, torch.where(padded_behind, length, stop)
-
-
-def shift(x: torch.Tensor, start: torch.Tensor) -> None:
-    """In place: each clip of x (N, T, d) begins at position 0 instead of `start` (N,). What stands before it is zero
-    and comes to stand behind."""
-    for i in start.nonzero()[:, 0].tolist():
-        x[i] = x[i].roll(-int(start[i]), 0)
+    start = nonzero.int().argmax(1)                     # the first of the largest
+    stop = (nonzero * torch.arange(1, longest + 1)).amax(1)
+    padded_behind = (stop > 0) & (stop <= stated)       # and the stated length fits
+    padded_in_front = stop == longest
+    start = torch.where(padded_in_front, start.minimum(stop - stated), start)
+    start = torch.where(padded_behind, 0, start)
+    return start, torch.where(padded_behind, stated, stop - start)
 
 
 def is_aligned(split: dict) -> bool:
@@ -355,8 +338,8 @@ def standardize(split: dict, stats: dict) -> None:
     Simulated text is treated as text, whose features it imitates."""
     for m in streams(split):
         mean, std = stats["text" if m == SIMULATED else m]
-        if len(mean) != split[m].shape[2]:
-            width = split[m].shape[2]
+        width = split[m].shape[2]
+        if len(mean) != width:
             raise DataError(f"The data has {width} features of {m}, the run was trained on {len(mean)}.")
         for part in split[m].split(CHUNK):
             nonzero = (part != 0).any(-1, keepdim=True)
@@ -371,12 +354,12 @@ def nonzero_frames(x: torch.Tensor):
 
 # ---------------------------------------------------------------------------------- batches, missing frames and streams
 
-def batches(real: dict, size: int, generator: torch.Generator, pool=4) -> list:
-    """Random batches (indices) of clips of similar length: sorted by length, ties at random, cut into pools of
-    `pool` batches, shuffled inside each pool, the batches in random order."""
+def batches(real: dict, size: int, generator: torch.Generator) -> list:
+    """Random batches (indices) of clips of similar length: sorted by length, ties at random, cut into pools of four
+    batches, shuffled inside each pool, the batches in random order."""
     index = torch.randperm(len(real["text"]), generator=generator)
     frames = sum(real[m][index].sum(1) for m in STREAMS)
-    pools = index[frames.argsort(stable=True)].split(pool * size)
+    pools = index[frames.argsort(stable=True)].split(4 * size)
     index = torch.cat([p[torch.randperm(len(p), generator=generator)] for p in pools])
     groups = index.split(size)
     return [groups[i] for i in torch.randperm(len(groups), generator=generator)]
@@ -393,10 +376,7 @@ def batch(split: dict, index: torch.Tensor, generator: torch.Generator | None = 
         x, rows = split[m], split["real"][m][index]
         longest = max(1, int(rows.sum(1).max()))
         real[m] = rows[:, :longest]
-        if isinstance(x, Frames):
-            complete[m] = x.rows(index, longest)
-        else:
-            complete[m] = x[:, :longest][index.to(x.device)]
+        complete[m] = x.rows(index, longest) if isinstance(x, Frames) else x[:, :longest][index]
     device = complete["text"].device
     if generator is not None:
         present = training_masks(real, generator, split["lacking"])
@@ -413,17 +393,17 @@ def training_masks(real: dict, generator: torch.Generator, lacking=()) -> dict:
     held = torch.stack([real[m].any(1) & (m not in lacking) for m in STREAMS])      # (3, B)
     num_sets = 2 ** held.sum(0) - 1                     # a bit for each stream that the clip has, 0 left out
     chosen = 1 + (torch.rand(held.shape[1], generator=generator) * num_sets).long()
-    bit = held.cumsum(0) - 1                            # which bit of `chosen` is the stream's
-    available = held & (chosen >> bit.clamp(min=0) & 1).bool()
+    bit = held.cumsum(0) - held.long()                  # which bit of `chosen` is the stream's
+    available = held & (chosen >> bit & 1).bool()
     present, candidates = [], []
     for m, keeps in zip(STREAMS, available):
-        rate = torch.randint(0, 10, (len(keeps),), generator=generator).double() / 10
+        rate = torch.randint(10, (len(keeps),), generator=generator).double() / 10
         candidates.append(real[m] & keeps[:, None])
         present.append(drop(candidates[-1], rate, generator))
     present, candidates = torch.cat(present, 1), torch.cat(candidates, 1)           # (B, frames of all streams)
     kept = torch.rand(candidates.shape, generator=generator).masked_fill(~candidates, -1).argmax(1)
-    empty = ~present.any(1)
-    present[empty, kept[empty]] = candidates[empty, kept[empty]]
+    emptied = candidates.any(1) & ~present.any(1)
+    present[emptied, kept[emptied]] = True
     return dict(zip(STREAMS, present.split([real[m].shape[1] for m in STREAMS], 1)))
 
 
@@ -431,7 +411,7 @@ def evaluation_masks(real: dict, condition: str | float, split: str, seed: int =
     """Fixed masks of a whole split: a set ("l" ... "lav") keeps its streams whole, a rate p drops that share of
     the frames of every stream. They depend on seed, split, condition and `real`, on no method."""
     if condition in SETS:
-        return {m: real[m] if m in SETS[condition] else torch.zeros_like(real[m]) for m in STREAMS}
+        return {m: real[m] & (m in SETS[condition]) for m in STREAMS}
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{split}/{condition:.3f}".encode()))
     return {m: drop(real[m], condition, generator) for m in STREAMS}
 
@@ -439,9 +419,9 @@ def evaluation_masks(real: dict, condition: str | float, split: str, seed: int =
 def drop(real: torch.Tensor, rate, generator: torch.Generator) -> torch.Tensor:
     """present (N, T): of a clip's n real frames floor(rate * n + u) are dropped, each equally likely. u is uniform in
     [0, 1), so the mean rate is exact even for clips of one frame. rate: a number or (N,)."""
-    n = real.sum(1)
+    n = real.sum(1).double()
     u = torch.rand(len(real), dtype=torch.float64, generator=generator)
-    number = (torch.as_tensor(rate, dtype=torch.float64) * n + u).floor()
+    number = (rate * n + u).floor()
     order = torch.rand(real.shape, generator=generator).masked_fill(~real, 2.0).argsort(1)      # padding comes last
     rank = order.argsort(1)
     return real & (rank >= number[:, None])
@@ -466,24 +446,24 @@ def distinct(sets, lacking: list[str]) -> list[str]:
 
 def answerable(sets, lacking: list[str]) -> list[str]:
     """Those of the sets ("l" ... "lav") that name no stream which the data lacks; {l,a,v} is all that there is."""
-    return [c for c in sets if c == "lav" or not set(SETS[c]) & set(lacking)]
+    return [c for c in sets if c == "lav" or set(lacking).isdisjoint(SETS[c])]
 
 
 # ---------------------------------------------------------------------------------- fields of a file
 
-def feature_array(fields: dict, name: str, where: str) -> np.ndarray:
-    """The field as it is, (clips, frames, features) of numbers; DataError if it is anything else."""
+def feature_array(fields: dict, name: str) -> np.ndarray:
+    """The field as it is, (clips, frames, features) of numbers; ValueError if it is anything else."""
     if name not in fields:
-        raise DataError(f"{where} has no '{name}', only {', '.join(fields)}.")
+        raise ValueError(f"it has no '{name}', only {', '.join(fields)}")
     array = fields[name]
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub" or array.ndim != 3 or 0 in array.shape:
-        raise DataError(f"{where}: '{name}' is {describe(array)}; expected numbers, (clips, frames, features).")
+        raise ValueError(f"'{name}' is {describe(array)}; expected numbers, (clips, frames, features)")
     return array
 
 
-def read_features(array: np.ndarray, name: str, where: str, ids: list[str]) -> torch.Tensor:
+def read_features(array: np.ndarray, name: str, ids: list[str]) -> torch.Tensor:
     """float32 (N, T, d), a copy. -inf in audio becomes 0, as in MulT's and MultiBench's readers; whatever else is not
-    finite in float32 is a DataError that names the clip."""
+    finite in float32 is a ValueError that names the clip."""
     with np.errstate(all="ignore"):
         x = array.astype(np.float32, order="C")
     if name == "audio":
@@ -491,12 +471,12 @@ def read_features(array: np.ndarray, name: str, where: str, ids: list[str]) -> t
     bad = ~np.isfinite(x).all((1, 2))
     if bad.any():
         i = int(bad.argmax())
-        raise DataError(f"{where}: '{name}' holds values that are NaN, infinite or too large for float32, first in "
-                        f"clip {ids[i] if ids else i}. Repair the file or download it again.")
+        raise ValueError(f"'{name}' holds values that are NaN, infinite or too large for float32, first in clip "
+                         f"{ids[i] if ids else i}")
     return torch.from_numpy(x)
 
 
-def read_labels(fields: dict, dataset: str, where: str) -> torch.Tensor | None:
+def read_labels(fields: dict, dataset: str) -> torch.Tensor | None:
     """(N,) sentiment in [-3, 3] or (N, 4) emotions of 0 and 1, from any of the published forms; None if unlabelled."""
     key = "labels" if "labels" in fields else "regression_labels"
     if key not in fields:
@@ -515,7 +495,7 @@ def read_labels(fields: dict, dataset: str, where: str) -> torch.Tensor | None:
         good = len(label) == label.numel() and (label.abs() <= 3).all()
         label = label.flatten()
     if not good:
-        raise DataError(f"{where}: '{key}' is {held}, not {expected}.")
+        raise ValueError(f"'{key}' is {held}, not {expected}")
     return label
 
 
@@ -527,12 +507,12 @@ def read_ids(fields: dict) -> list[str]:
     return result
 
 
-def read_lengths(fields: dict, name: str, where: str, count: int, longest: int) -> torch.Tensor:
+def read_lengths(fields: dict, name: str, count: int, longest: int) -> torch.Tensor:
     """(N,) frames of each clip as the file states them, zeros where it does not."""
     key = f"{name}_lengths"
     length = np.array(fields.get(key, [0] * count), dtype=np.float64).flatten()
-    if len(length) != count or not ((length == np.rint(length)) & (0 <= length) & (length <= longest)).all():
-        raise DataError(f"{where}: '{key}' is not {count} whole numbers between 0 and {longest}.")
+    if len(length) != count or not np.isin(length, range(longest + 1)).all():
+        raise ValueError(f"'{key}' is not {count} whole numbers between 0 and {longest}")
     return torch.from_numpy(length).long()
 
 
@@ -558,7 +538,7 @@ def describe(value) -> str:
 
 def read_pickle(path: Path, splits) -> tuple[dict, bool]:
     """split -> field -> array, list or value, of all splits that the file holds, and whether the file calls itself
-    SYNTHETIC. DataError unless `splits` are among them. Runs nothing in the file."""
+    SYNTHETIC. ValueError unless `splits` are among them. Runs nothing in the file."""
     with open_file(path) as file:
         start = file.peek(20).strip()[:20]
         if start[:1] not in b"\x80(]}lcd":          # the first opcodes of pickles
@@ -571,8 +551,8 @@ def read_pickle(path: Path, splits) -> tuple[dict, bool]:
         if isinstance(content.get(s), dict):
             result[s] = {name: plain(value) for name, value in by_name(content[s]).items()}
     if not result or not set(splits) <= set(result):
-        raise DataError(f"{path} holds {', '.join(content) or 'no splits'}; expected a dict of "
-                        f"{', '.join(splits or SPLITS)}, each a dict of arrays.")
+        raise ValueError(f"it holds {', '.join(content) or 'no splits'}; expected a dict of "
+                         f"{', '.join(splits or SPLITS)}, each a dict of arrays")
     return result, "SYNTHETIC" in content
 
 
@@ -588,7 +568,7 @@ class Unpickler(pickle.Unpickler):
             "numpy.ndarray": "ndarray",         # only handed to _reconstruct, which does not look at it
             "numpy.dtype": DType,
             "_codecs.encode": lambda text, *_: text.encode("latin1"),       # bytes in protocols 0 to 2
-            "collections.OrderedDict": OrderedDict,
+            "collections.OrderedDict": dict,
             "builtins.bytes": lambda: b"",
         }
         key = f"{module}.{name}".replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
@@ -656,12 +636,13 @@ def load_folders(features: dict, labels: Path, splits, limit: int | None) -> tup
         raise DataError(f"--features lacks {', '.join(absent)}: give text=DIR audio=DIR vision=DIR, if you have it "
                         f"{SIMULATED}=DIR, and --labels FILE.")
     corpus = read_corpus(labels)
-    notes, result = shared("clips", {s: ids for s, (ids, _) in corpus.items()}), {}
+    notes = shared("clips", {s: ids for s, (ids, _) in corpus.items()})
     digest = hashlib.sha256(labels.read_bytes())
+    result = {}
     for s, (ids, label) in corpus.items():
-        frames = {m: Frames(m, Path(features[m]), ids) for m in streams(features)}
-        for m in frames:
-            digest.update(repr((m, ids, frames[m].length.tolist())).encode())
+        frames = {m: Frames(Path(features[m]), ids) for m in streams(features)}
+        for m, x in frames.items():
+            digest.update(repr((m, ids, x.length.tolist())).encode())
         if s not in splits:
             continue
         longest = torch.stack([x.length for x in frames.values()]).amax(0)[:limit]
@@ -686,13 +667,11 @@ class Frames:
     length (N,): frames of each clip."""
     device = "cpu"
 
-    def __init__(self, name: str, folder: Path, ids: list[str]):
+    def __init__(self, folder: Path, ids: list[str]):
         self.folder, self.ids = folder, ids
         lengths = []
         for clip in ids:
             files = frame_files(folder / clip)
-            if not files:
-                raise DataError(f"--features {name}={folder} has no {clip}.npy and no folder {clip} of .npy files.")
             lengths.append(len(open_npy(files[0])) if len(files) == 1 else len(files))
         self.length = torch.tensor(lengths)
         self.width = open_npy(files[0]).shape[1]        # the last clip's; `rows` compares the others with it
@@ -724,11 +703,14 @@ class Frames:
 
 
 def frame_files(clip: Path) -> list[Path]:
-    """<clip>.npy, or the files in the folder <clip>, 2.npy before 10.npy; [] if there is neither."""
+    """<clip>.npy, or the files in the folder <clip>, 2.npy before 10.npy."""
     alone = clip.with_name(f"{clip.name}.npy")
     if alone.is_file():
         return [alone]
-    return sorted(clip.glob("[!.]*.npy"), key=lambda path: (len(path.name), path.name))
+    files = sorted(clip.glob("[!.]*.npy"), key=lambda path: (len(path.name), path.name))
+    if not files:
+        raise DataError(f"There is no {alone} and no folder {clip.name} of .npy files beside it.")
+    return files
 
 
 def open_npy(path: Path) -> np.ndarray:
@@ -747,10 +729,9 @@ def read_corpus(path: Path) -> dict:
                 with archive.open(f"{name}.npy") as file:
                     file.readline()                     # numpy's header, which ends in a new line
                     corpus = plain(Unpickler(file, encoding="bytes").load())
-                values = np.array([plain(facts["val"]) for facts in corpus.values()], np.float32)
-                label = torch.from_numpy(values.reshape(len(corpus)))
+                label = torch.tensor([float(plain(facts["val"])) for facts in corpus.values()])
                 if not corpus or not (label.abs() <= 3).all():
-                    raise DataError(f"--labels {path}: {split} is empty, or leaves the range [-3, 3].")
+                    raise ValueError(f"{split} is empty, or leaves the range [-3, 3]")
                 result[split] = list(map(to_text, corpus)), label
     return result
 
@@ -769,43 +750,40 @@ _LENGTHS = {"mosi": (50, 11, .64), "mosei": (50, 19, .6), "iemocap": (20, 12, .5
 _STRENGTH = {"text": 2.0, "audio": .65, "vision": .5}
 
 
-def stand_in(dataset: str, split: str, seed: int = 0) -> dict:
+def stand_in(dataset: str, split: str) -> dict:
     """Made-up features in the real sizes, as MulT's pickle holds them. Each stream carries the label plus noise of the
     clip and stream: little noise in text, more in audio and vision, so each holds a part that the others lack."""
-    name = zlib.crc32(dataset.encode())
-    rng = np.random.default_rng([seed, name, SPLITS.index(split)])
+    position = SPLITS.index(split)
+    n = SIZES[dataset][position]
     longest, median, spread = _LENGTHS[dataset]
-    n = SIZES[dataset][SPLITS.index(split)]
+    rng = np.random.default_rng([0, zlib.crc32(dataset.encode()), position])
     length = np.clip(np.rint(median * np.exp(spread * rng.standard_normal(n))), 2, longest).astype(int)
-    labels, signal = random_labels(dataset, split, rng)
+    labels, signal = random_labels(_LABELS[dataset][position], n, rng)
     fields = {"labels": labels}
     for m in STREAMS:
         cues = _STRENGTH[m] * signal + rng.standard_normal(signal.shape)
-        common_seed = [seed, zlib.crc32(f"{dataset}/{m}".encode())]
-        fields[m] = random_frames(m, common_seed, cues, length, longest, rng)
+        common = np.random.default_rng([0, zlib.crc32(f"{dataset}/{m}".encode())])      # the same in all splits
+        fields[m] = random_frames(GLOVE[m], common, cues, length, longest, rng)
     ids = np.array([[f"{split}{i}", "0", "1"] for i in range(n)])
     return {**fields, "id": ids.astype("S") if dataset == "mosi" else ids}
 
 
-def random_labels(dataset: str, split: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Labels as MulT's file holds them, and what of them the features shall carry, (N, 1) or (N, 4)."""
-    position = SPLITS.index(split)
-    n = SIZES[dataset][position]
-    if dataset == "iemocap":
-        labels = np.eye(4, dtype=np.float32)[rng.choice(4, n, p=_LABELS[dataset][position])]
+def random_labels(known: tuple, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Labels as MulT's file holds them, and what of them the features shall carry, (n, 1) or (n, 4); known: what is
+    known of them, from _LABELS."""
+    if len(known) == len(EMOTIONS):
+        labels = np.eye(4, dtype=np.float32)[rng.choice(4, n, p=known)]
         return np.stack((1 - labels, labels), -1), labels - .25
-    mean, deviation, zeros = _LABELS[dataset][position]
+    mean, deviation, zeros = known
     y = np.clip(np.rint(5 * rng.normal(mean, deviation, n)) / 5, -3, 3)
     y[y == 0] = rng.choice([-.2, .2], (y == 0).sum())   # the share of zeros is set, not left to rounding
     y[rng.random(n) < zeros] = 0
     return y.astype(np.float32).reshape(n, 1, 1), y[:, None] / 1.5
 
 
-def random_frames(name: str, common_seed: list, cues: np.ndarray, length: np.ndarray, longest: int, rng):
-    """Front-padded float32 array (N, longest, d): a frame is a mix of 12 hidden factors. In a few frames of a clip the
-    first factor is raised, and the next k carry `cues` (N, k)."""
-    common = np.random.default_rng(common_seed)             # the same in all splits
-    width = GLOVE[name]
+def random_frames(width: int, common, cues: np.ndarray, length: np.ndarray, longest: int, rng):
+    """Front-padded float32 array (N, longest, width): a frame is a mix of 12 hidden factors. In a few frames of a clip
+    the first factor is raised, and the next k carry `cues` (N, k). `common` draws the mix, rng the frames."""
     mix, scale = common.standard_normal((12, width)), 10 ** common.uniform(-1, 1, width)
     offset = scale * common.standard_normal(width)
     x = np.zeros((len(cues), longest, width), np.float32)
@@ -961,8 +939,7 @@ def convert(path: Path, out: Path) -> None:
                 with open_file(path / name) as raw, h5py.File(raw) as file:
                     arrays.append(file["data"][()].astype(np.float32).reshape(shape))
         x, labels = arrays
-        text, audio, vision = np.split(x, (300, 305), axis=2)
-        content[s] = {"text": text, "audio": audio, "vision": vision, "labels": labels}
+        content[s] = dict(zip(STREAMS, np.split(x, (300, 305), axis=2)), labels=labels)
     print(f"wrote {write_new(out / 'mosi_data.pkl', content)}")
 
 

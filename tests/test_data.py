@@ -269,10 +269,10 @@ BAD = [         # what is said, and the file's content
     ("'audio' holds values .* clip clip0_2", number("audio", np.inf)),
     ("'text' holds values", number("text", -np.inf)),
     ("'audio' .*too large.*clip clip0_2", number("audio", -1e300)),
-    ("split valid has neither 'labels' nor", without("valid", "labels")),
+    ("split valid .* has neither 'labels' nor", without("valid", "labels")),
     ("simulated_text as many as text", every(simulated_text=lambda split: split["text"][..., :4])),
     ("all splits must have the same ones", every(["train"], text=np.ones((5, 8, 5)))),
-    *(("split train: 'audio_lengths' is not 5 whole numbers between 0 and 12", every(more=UNALIGNED, audio_lengths=x))
+    *(("train is refused: 'audio_lengths' is not 5 whole numbers between 0 and 12", every(more=UNALIGNED, audio_lengths=x))
       for x in ([5] * 4, [5] * 4 + [13], [5] * 4 + [-1], [5] * 4 + [2.5], [5] * 4 + [np.nan])),
 ]
 
