@@ -140,8 +140,7 @@ def load_pickle(dataset: str | None, data_dir, splits, across: bool) -> tuple[st
         ids = {s: read_ids(fields) for s, fields in content.items()}
         emotions = np.shape(next(iter(content.values())).get("labels"))[1:2] == (4,)
     meant = data_set_of(sizes)
-    if dataset is None:
-        dataset = meant or ("iemocap" if emotions else "mosi")
+    dataset = dataset or meant or ("iemocap" if emotions else "mosi")
     allowed = ("mosi", "mosei") if across and dataset != "iemocap" else (dataset,)
     if meant not in (None, *allowed):
         raise DataError(f"{path} has {'/'.join(map(str, sizes))} clips, the splits of {meant}, not of "
@@ -190,11 +189,8 @@ def shared(what: str, names: dict) -> list[str]:
 
 def video_of(clip: str) -> str:
     """The video of a clip called video/..., video$_$segment or video_segment, the last a number; else ""."""
-    for separator in ("/", "$_$"):
-        if separator in clip:
-            return clip.split(separator)[0]
-    video, _, segment = clip.rpartition("_")
-    return video if segment.isdecimal() else ""
+    video, found = re.subn(r"(?s)/.*|\$_\$.*|_\d+\Z", "", clip, count=1)
+    return video if found else ""
 
 
 def content_notes(dataset: str, result: dict, file: str) -> list[str]:
@@ -487,7 +483,7 @@ def read_labels(fields: dict, dataset: str) -> torch.Tensor | None:
         expected = "four yes/no emotions a clip, (N, 4) of 0 and 1 or (N, 4, 2) one-hot"
         if label.shape[1:] == (4, 2):
             label = label[..., 1]           # one-hot: no, yes
-        good = label.shape[1:] == (4,) and ((label == 0) | (label == 1)).all()
+        good = label.shape[1:] == (4,) and (label == label.bool()).all()
     else:
         expected = "one sentiment a clip, in [-3, 3]"
         if label.shape[1:] == (1, 7):       # MOSEI's "All Labels": the sentiment, then six emotions
@@ -522,9 +518,10 @@ def to_text(value) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def to_list(value) -> list:
-    value = value.tolist() if isinstance(value, np.ndarray) else value
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def to_list(value) -> list | tuple:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def describe(value) -> str:
@@ -592,7 +589,8 @@ class DType:
 
 
 class Array:
-    """Stands in for numpy.ndarray while a pickle is read; `value` is the array itself, a view of the bytes read."""
+    """Stands in for numpy.ndarray while a pickle is read; `value` is the array itself, a view of the bytes read, or a
+    list of objects."""
     value = None
 
     def __setstate__(self, state):
@@ -600,21 +598,17 @@ class Array:
         self.value = to_array(raw, dtype, shape, "F" if fortran else "C")
 
 
-def to_array(raw, dtype: DType, shape: tuple, order: str) -> np.ndarray:
-    """The array of these bytes, or of this list of objects."""
+def to_array(raw, dtype: DType, shape: tuple, order: str) -> np.ndarray | list:
+    """The array of these bytes; of objects a list, of lists where the array has more dimensions."""
     if dtype.dtype.hasobject:
-        array = np.fromiter(raw, object)
-    else:
-        array = np.frombuffer(raw, dtype.dtype)
-    return array.reshape(shape, order=order)
+        return np.fromiter(raw, object).reshape(shape, order=order).tolist()
+    return np.frombuffer(raw, dtype.dtype).reshape(shape, order=order)
 
 
 def plain(value):
     """A field without the stand-ins: an array of numbers or strings, a list, or the value as it is. A list's items are
     freed of them too, but not the lists inside it: one that holds itself would have no end."""
     value = unwrap(value)
-    if isinstance(value, np.ndarray) and value.dtype == object:
-        value = value.tolist()
     return [unwrap(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -640,22 +634,23 @@ def load_folders(features: dict, labels: Path, splits, limit: int | None) -> tup
     digest = hashlib.sha256(labels.read_bytes())
     result = {}
     for s, (ids, label) in corpus.items():
-        frames = {m: Frames(Path(features[m]), ids) for m in streams(features)}
-        for m, x in frames.items():
-            digest.update(repr((m, ids, x.length.tolist())).encode())
+        lengths = {m: frame_counts(Path(features[m]), ids) for m in streams(features)}
+        for m, length in lengths.items():
+            digest.update(repr((m, ids, length.tolist())).encode())
         if s not in splits:
             continue
-        longest = torch.stack([x.length for x in frames.values()]).amax(0)[:limit]
+        longest = torch.stack(list(lengths.values())).amax(0)[:limit]
         most = MAX_FRAMES if s == "train" else math.inf
         index = (longest <= most).nonzero()[:, 0]
         if len(index) == 0:
             raise DataError(f"All training clips have more than {MAX_FRAMES} frames (MAX_FRAMES in data.py).")
         if number := len(longest) - len(index):
             notes.append(f"{number} training clips of more than {MAX_FRAMES} frames are left out")
-        for x in frames.values():
-            x.select(index)
-        real = {m: torch.arange(x.shape[1]) < x.length[:, None] for m, x in frames.items()}
-        result[s] = {**frames, "real": real, "label": label[index], "id": frames["text"].ids, "lacking": []}
+        kept = [ids[i] for i in index.tolist()]
+        result[s] = split = {"real": {}, "label": label[index], "id": kept, "lacking": []}
+        for m, length in lengths.items():
+            split[m] = Frames(Path(features[m]), kept, length[index])
+            split["real"][m] = torch.arange(split[m].shape[1]) < length[index, None]
     folders = " ".join(f"{m}={folder}" for m, folder in features.items())
     source = {"file": printable(f"features {folders} labels={labels}", 600), "sha256": digest.hexdigest(),
               "synthetic": False, "sizes": [len(corpus[s][0]) for s in SPLITS], "notes": notes}
@@ -667,39 +662,37 @@ class Frames:
     length (N,): frames of each clip."""
     device = "cpu"
 
-    def __init__(self, folder: Path, ids: list[str]):
-        self.folder, self.ids = folder, ids
-        lengths = []
-        for clip in ids:
-            files = frame_files(folder / clip)
-            lengths.append(len(open_npy(files[0])) if len(files) == 1 else len(files))
-        self.length = torch.tensor(lengths)
-        self.width = open_npy(files[0]).shape[1]        # the last clip's; `rows` compares the others with it
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return len(self.ids), int(self.length.max()), self.width
+    def __init__(self, folder: Path, ids: list[str], length: torch.Tensor):
+        self.folder, self.ids, self.length = folder, ids, length
+        width = open_npy(frame_files(folder / ids[0])[0]).shape[1]      # `rows` compares the other clips with it
+        self.shape = len(ids), int(length.max()), width
 
     def to(self, device) -> "Frames":
         self.device = device
         return self
 
-    def select(self, index: torch.Tensor) -> None:
-        """Only these clips from now on."""
-        self.ids, self.length = [self.ids[i] for i in index.tolist()], self.length[index]
-
     def rows(self, index: torch.Tensor, longest: int) -> torch.Tensor:
         """float32 (len(index), longest, d) on the device, padded behind; DataError if a file is not as it was."""
-        x = torch.zeros(len(index), longest, self.width)
+        width = self.shape[2]
+        x = torch.zeros(len(index), longest, width)
         for row, i in enumerate(index.tolist()):
             clip, length = self.folder / self.ids[i], int(self.length[i])
-            expected = f"Expected {length} frames of {self.width} numbers, finite in float32."
+            expected = f"Expected {length} frames of {width} numbers, finite in float32."
             with reading(clip, expected), np.errstate(over="ignore"):
                 array = np.concatenate([open_npy(path) for path in frame_files(clip)]).astype(np.float32)
-                if array.shape != (length, self.width) or not np.isfinite(array).all():
+                if array.shape != (length, width) or not np.isfinite(array).all():
                     raise ValueError(f"it holds {describe(array)}, or numbers that are not finite")
             x[row, :length] = torch.from_numpy(array[:longest])
         return x.to(self.device)
+
+
+def frame_counts(folder: Path, ids: list[str]) -> torch.Tensor:
+    """(N,) frames of each clip: of one file as many as it holds, else one a file."""
+    counts = []
+    for clip in ids:
+        files = frame_files(folder / clip)
+        counts.append(len(open_npy(files[0])) if len(files) == 1 else len(files))
+    return torch.tensor(counts)
 
 
 def frame_files(clip: Path) -> list[Path]:
@@ -935,9 +928,9 @@ def convert(path: Path, out: Path) -> None:
     for s, n in zip(SPLITS, SIZES["mosi"]):
         arrays = []
         for name, shape in ((f"X_{s}.h5", (n, 20, 325)), (f"y_{s}.h5", (n, 1, 1))):
-            with reading(path / name, f"MFN's file of MOSI holds {n} clips: download it again."):
-                with open_file(path / name) as raw, h5py.File(raw) as file:
-                    arrays.append(file["data"][()].astype(np.float32).reshape(shape))
+            advice = f"MFN's file of MOSI holds {n} clips: download it again."
+            with reading(path / name, advice), open_file(path / name) as raw, h5py.File(raw) as file:
+                arrays.append(file["data"][()].astype(np.float32).reshape(shape))
         x, labels = arrays
         content[s] = dict(zip(STREAMS, np.split(x, (300, 305), axis=2)), labels=labels)
     print(f"wrote {write_new(out / 'mosi_data.pkl', content)}")
