@@ -85,10 +85,10 @@ def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "v
     peaks at the file plus the float32 size of the features asked for (pickles of protocol 3 and later). DataError for
     whatever is wrong.
     """
-    if features and (normalize or dataset == "iemocap" or labels is None):
-        raise DataError("--features is for --dataset mosi or mosei, with --labels FILE, Double-Flow's "
-                        "label_official.npz; from Python with normalize=False.")
     if features:
+        if normalize or dataset == "iemocap" or labels is None:
+            raise DataError("--features is for --dataset mosi or mosei, with --labels FILE, Double-Flow's "
+                            "label_official.npz; from Python with normalize=False.")
         result, source = load_folders(features, Path(labels), splits, limit)
     else:
         dataset, result, source = load_arrays(dataset, data_dir, splits, synthetic, limit, across)
@@ -106,7 +106,7 @@ def load(dataset: str | None, data_dir: str | Path = "data", splits=("train", "v
         if normalize:
             standardize(split, stats)
         for name in (*streams(split), "label"):
-            if split[name] is not None:
+            if isinstance(split[name], torch.Tensor):
                 split[name] = split[name].to(device)
     lacking = set().union(*(split["lacking"] for split in result.values()))
     return {
@@ -275,7 +275,8 @@ def tensors(fields: dict, dataset: str, limit: int | None, need_labels: bool) ->
         counts["ids"] = len(ids)
     if len(set(counts.values())) > 1:
         raise ValueError(f"the numbers of clips do not match: {counts}")
-    split, nonzero = {"label": label, "id": ids[:limit], "real": {}}, {}
+    split = {"label": label, "id": ids[:limit], "real": {}}
+    nonzero = {}
     for m in names:
         split[m] = read_features(fields.pop(m)[:limit], m, ids)
         nonzero[m] = (split[m] != 0).any(-1)
@@ -301,8 +302,7 @@ def spans(nonzero: torch.Tensor, stated: torch.Tensor) -> tuple[torch.Tensor, to
     start = nonzero.int().argmax(1)                     # the first of the largest
     stop = (nonzero * torch.arange(1, longest + 1)).amax(1)
     padded_behind = (stop > 0) & (stop <= stated)       # and the stated length fits
-    padded_in_front = stop == longest
-    start = torch.where(padded_in_front, start.minimum(stop - stated), start)
+    start = torch.where(stop == longest, start.minimum(stop - stated), start)           # padded in front
     start = torch.where(padded_behind, 0, start)
     return start, torch.where(padded_behind, stated, stop - start)
 
@@ -372,7 +372,10 @@ def batch(split: dict, index: torch.Tensor, generator: torch.Generator | None = 
         x, rows = split[m], split["real"][m][index]
         longest = max(1, int(rows.sum(1).max()))
         real[m] = rows[:, :longest]
-        complete[m] = x.rows(index, longest) if isinstance(x, Frames) else x[:, :longest][index]
+        if isinstance(x, Frames):                       # files are read into the CPU's memory
+            complete[m] = x.rows(index, longest).to(split["label"].device)
+        else:
+            complete[m] = x[:, :longest][index]
     device = complete["text"].device
     if generator is not None:
         present = training_masks(real, generator, split["lacking"])
@@ -539,8 +542,8 @@ def read_pickle(path: Path, splits) -> tuple[dict, bool]:
     with open_file(path) as file:
         start = file.peek(20).strip()[:20]
         if start[:1] not in b"\x80(]}lcd":          # the first opcodes of pickles
-            raise pickle.UnpicklingError(f"it begins with {start}, as a web page, a pointer of Git LFS or an archive "
-                                         "would, and is no pickle")
+            raise ValueError(f"it begins with {start}, as a web page, a pointer of Git LFS or an archive would, and is "
+                             "no pickle")
         content = Unpickler(file, encoding="bytes").load()
     content = by_name(content) if isinstance(content, dict) else {}
     result = {}
@@ -570,7 +573,7 @@ class Unpickler(pickle.Unpickler):
         }
         key = f"{module}.{name}".replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
         if key not in allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array; nothing was run")
+            raise ValueError(f"it asks for {module}.{name}, which is no array; nothing was run")
         return allowed[key]
 
 
@@ -581,7 +584,7 @@ class DType:
     def __init__(self, code, *_):
         code = to_text(code)
         if not re.fullmatch(r"[<>|=]?([fiubSU]\d+|\?|O8?)", code):
-            raise pickle.UnpicklingError(f"an array of type {code} is not of numbers or strings")
+            raise ValueError(f"an array of type {code} is not of numbers or strings")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state):
@@ -634,9 +637,10 @@ def load_folders(features: dict, labels: Path, splits, limit: int | None) -> tup
     digest = hashlib.sha256(labels.read_bytes())
     result = {}
     for s, (ids, label) in corpus.items():
-        lengths = {m: frame_counts(Path(features[m]), ids) for m in streams(features)}
-        for m, length in lengths.items():
-            digest.update(repr((m, ids, length.tolist())).encode())
+        lengths = {}
+        for m in streams(features):
+            lengths[m] = frame_counts(Path(features[m]), ids)
+            digest.update(repr((m, ids, lengths[m].tolist())).encode())
         if s not in splits:
             continue
         longest = torch.stack(list(lengths.values())).amax(0)[:limit]
@@ -653,26 +657,21 @@ def load_folders(features: dict, labels: Path, splits, limit: int | None) -> tup
             split["real"][m] = torch.arange(split[m].shape[1]) < length[index, None]
     folders = " ".join(f"{m}={folder}" for m, folder in features.items())
     source = {"file": printable(f"features {folders} labels={labels}", 600), "sha256": digest.hexdigest(),
-              "synthetic": False, "sizes": [len(corpus[s][0]) for s in SPLITS], "notes": notes}
+              "synthetic": False, "sizes": [len(ids) for ids, _ in corpus.values()], "notes": notes}
     return result, source
 
 
 class Frames:
     """One stream of feature files in the place of a tensor (N, T, d): `rows` reads the clips that a batch asks for.
     length (N,): frames of each clip."""
-    device = "cpu"
 
     def __init__(self, folder: Path, ids: list[str], length: torch.Tensor):
         self.folder, self.ids, self.length = folder, ids, length
         width = open_npy(frame_files(folder / ids[0])[0]).shape[1]      # `rows` compares the other clips with it
         self.shape = len(ids), int(length.max()), width
 
-    def to(self, device) -> "Frames":
-        self.device = device
-        return self
-
     def rows(self, index: torch.Tensor, longest: int) -> torch.Tensor:
-        """float32 (len(index), longest, d) on the device, padded behind; DataError if a file is not as it was."""
+        """float32 (len(index), longest, d), padded behind; DataError if a file is not as it was."""
         width = self.shape[2]
         x = torch.zeros(len(index), longest, width)
         for row, i in enumerate(index.tolist()):
@@ -683,7 +682,7 @@ class Frames:
                 if array.shape != (length, width) or not np.isfinite(array).all():
                     raise ValueError(f"it holds {describe(array)}, or numbers that are not finite")
             x[row, :length] = torch.from_numpy(array[:longest])
-        return x.to(self.device)
+        return x
 
 
 def frame_counts(folder: Path, ids: list[str]) -> torch.Tensor:
@@ -761,13 +760,13 @@ def stand_in(dataset: str, split: str) -> dict:
     return {**fields, "id": ids.astype("S") if dataset == "mosi" else ids}
 
 
-def random_labels(known: tuple, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Labels as MulT's file holds them, and what of them the features shall carry, (n, 1) or (n, 4); known: what is
-    known of them, from _LABELS."""
-    if len(known) == len(EMOTIONS):
-        labels = np.eye(4, dtype=np.float32)[rng.choice(4, n, p=known)]
+def random_labels(measured: tuple, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Labels as MulT's file holds them, and what of them the features shall carry, (n, 1) or (n, 4). measured: the
+    split's numbers in _LABELS."""
+    if len(measured) == len(EMOTIONS):
+        labels = np.eye(4, dtype=np.float32)[rng.choice(4, n, p=measured)]
         return np.stack((1 - labels, labels), -1), labels - .25
-    mean, deviation, zeros = known
+    mean, deviation, zeros = measured
     y = np.clip(np.rint(5 * rng.normal(mean, deviation, n)) / 5, -3, 3)
     y[y == 0] = rng.choice([-.2, .2], (y == 0).sum())   # the share of zeros is set, not left to rounding
     y[rng.random(n) < zeros] = 0
@@ -889,7 +888,7 @@ def main(argv=None) -> int:
         if work is synthesize:
             command.add_argument("dataset", choices=SIZES)
         else:
-            command.add_argument("path", type=Path, metavar="FILE" if work is check else "FOLDER")
+            command.add_argument("path", type=Path)
         if work is not check:
             command.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = vars(parser.parse_args(argv))
