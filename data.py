@@ -426,15 +426,6 @@ def drop(real: torch.Tensor, rate, generator: torch.Generator) -> torch.Tensor:
     return real & (rank >= number[:, None])
 
 
-def realised(present: dict, real: dict) -> dict:
-    """stream -> the share of its real frames that is missing; None for a stream that has none."""
-    result = {}
-    for m in STREAMS:
-        total = real[m].sum().item()
-        result[m] = 1 - present[m].sum().item() / total if total else None
-    return result
-
-
 def distinct(sets, lacking: list[str]) -> list[str]:
     """The answerable ones of the sets, each content once: without vision {l,a,v} is {l,a}."""
     contents = {}

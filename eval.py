@@ -85,19 +85,12 @@ def evaluate_all(args) -> None:
     if args.plot:
         figure_class(args.plot)             # a missing matplotlib is told now, not after the evaluation
     device = device_named(args.device)
-    folders = run_folders(args.runs)
-    checkpoints = {folder: read_checkpoint(folder / "model.pt", ENTRIES, AGAIN) for folder in folders}
-    check_groups(checkpoints)
-
-    groups, loaded, loaded_for = {}, None, None
-    for folder, checkpoint in checkpoints.items():
-        run = checkpoint["run"]
-        data_key = repr([checkpoint["load"], *(run[key] for key in ("dataset", "limit", "normalize", "data"))])
-        if data_key != loaded_for:          # seeds and ablations share their data
-            loaded, loaded_for = load_split(checkpoint, args, device), data_key
-        if result := evaluate_run(folder, checkpoint, loaded, args, device):
-            groups.setdefault(folder.parent, []).append(result)
-
+    groups = {}         # a group's folder -> the results of its runs
+    for group_folder, checkpoints in read_groups(args.runs).items():
+        loaded = load_split(next(iter(checkpoints.values())), args, device)         # the same for all seeds
+        for folder, checkpoint in checkpoints.items():
+            if result := evaluate_run(folder, checkpoint, loaded, args, device):
+                groups.setdefault(group_folder, []).append(result)
     tables = [(table, make_rows(table, args.rates)) for table in make_tables(groups)]
     for table, rows in tables:
         show(table, rows, args)
@@ -829,6 +822,23 @@ def figure_class(path: Path):
 
 # ---------------------------------------------------------------------------------- run folders and checkpoints
 
+def read_groups(paths: list[Path]) -> dict:
+    """A group's folder -> run folder -> checkpoint, of the runs that are named or lie in a named folder. A DataError
+    unless the runs of a group differ in their seed, and in nothing else."""
+    groups = {}
+    for folder in run_folders(paths):
+        groups.setdefault(folder.parent, {})[folder] = read_checkpoint(folder / "model.pt", ENTRIES, AGAIN)
+    for group_folder, checkpoints in groups.items():
+        runs = [checkpoint["run"] for checkpoint in checkpoints.values()]
+        differ = {name for run in runs for name in differences(runs[0], run)} - {"seed"}
+        if differ:
+            raise DataError(f"The runs in {group_folder} are not seeds of one run: they differ in "
+                            f"{', '.join(sorted(differ))}. Evaluate them one by one.")
+        if len({run["seed"] for run in runs}) < len(runs):
+            raise DataError(f"Two runs in {group_folder} have the same seed: name only one of them.")
+    return groups
+
+
 def run_folders(paths: list[Path]) -> list[Path]:
     """The run folders that are named or lie in a named folder, sorted."""
     folders = set()
@@ -839,21 +849,6 @@ def run_folders(paths: list[Path]) -> list[Path]:
                             "folder of train.py, or a folder that holds some.")
         folders.update(Path(os.path.abspath(model.parent)) for model in models)
     return sorted(folders)
-
-
-def check_groups(checkpoints: dict) -> None:
-    """A DataError if runs in one folder differ in more than their seed, or not even in that; checkpoints: run folder
-    -> checkpoint."""
-    groups = {}
-    for folder, checkpoint in checkpoints.items():
-        groups.setdefault(folder.parent, []).append(checkpoint["run"])
-    for folder, runs in groups.items():
-        differ = {name for run in runs for name in differences(runs[0], run)} - {"seed"}
-        if differ:
-            raise DataError(f"The runs in {folder} are not seeds of one run: they differ in "
-                            f"{', '.join(sorted(differ))}. Evaluate them one by one.")
-        if len({run["seed"] for run in runs}) < len(runs):
-            raise DataError(f"Two runs in {folder} have the same seed: name only one of them.")
 
 
 def differences(run: dict, other: dict) -> list[str]:
