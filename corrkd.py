@@ -11,8 +11,8 @@ time the student works alone. No official code was found.
 
 Notation: m in {text, audio, vision}; N clips, T frames, d = 40; G decisions a clip (1, or 4 emotions)
 among C classes each; superscripts t, s = teacher, student; PE = positional encoding; GAP = global
-average pooling, the mean over frames; sp(z) = log(1 + exp(z)). In the code `real` is the mask of
-padding, m -> (N, T), True where a frame belongs to the clip, missing or not. Marked (*): our choice,
+average pooling, the mean over frames; sp(z) = log(1 + exp(z)). In the code `real`, m -> (N, T), is
+True where a frame belongs to the clip, missing or not, and False in padding. Marked (*): our choice,
 because the paper is silent or cannot be literal. Marked (~): the form as others quote it, or as the
 group's next paper prints it (HRLF, NeurIPS 2024); not checked against this paper's text. The numbers are ours.
 
@@ -80,9 +80,10 @@ mean over these sets of streams; "la" is text and audio, with zeros for vision.
 real is True from a clip's first frame to its last, missing frames between them too; at test as well it is that
 of the whole clip. `frames` makes it of whole clips, padded in front (MulT, MultiBench) or behind with zeros.
 Unaligned streams have a mask each, {m: frames(x) for m, x in complete.items()}. By lengths:
-torch.arange(T) < lengths[:, None] if padded behind, torch.arange(T) >= T - lengths[:, None] if in front. None:
-padding counts as frames. For a stream that you do not have say width 1 and give zeros (B, T, 1); without vision
-the sets are 1 to 3: randint_like(..., 1, 4), enumerate(("text", "audio")).
+torch.arange(T) < lengths[:, None] if padded behind, torch.arange(T) >= T - lengths[:, None] if in front.
+Without real padding counts as frames: the answers change unnoticed. For a stream that you do not have say
+width 1 and give zeros (B, T, 1); without vision the sets are 1 to 3: randint_like(..., 1, 4),
+enumerate(("text", "audio")), and validate takes l, a and la.
 
 Standardise first: by the mean and deviation of each feature over the training split's frames that are not all
 zeros (a deviation of 0 is 1); clamp to +-5, and set frames of zeros to zero again. With audio scaled by 100,

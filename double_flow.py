@@ -15,8 +15,8 @@ and gradients agree with theirs. (*) marks our choice.
 
 Notation: B clips, T frames, D = 256; m in {a, t, v} = audio, text, vision; superscripts f, m =
 complete, missing flow; sg = no gradient; MLP(x, y) = Linear to x, ReLU, dropout .3, Linear to y, ReLU,
-dropout .3; RAE = residual autoencoder. In the code `real` is the mask of padding, m -> (B, T), True
-where a frame belongs to the clip, missing or not. The numbers of the equations are ours.
+dropout .3; RAE = residual autoencoder. In the code `real`, m -> (B, T), is True where a frame
+belongs to the clip, missing or not, and False in padding. The numbers of the equations are ours.
 
   (1) Z_m = W_m X_m + b_m  in R^(T x D); text and simulated text share W_t                DoubleFlow.flow
   (2) Z' = drop.5(Z),  alpha = softmax over frames of 0.3 c . tanh(U Z' + e),             Pooling
@@ -86,8 +86,9 @@ forward takes it as its last argument.
 real is True from a clip's first frame to its last, missing frames between them too; at test as well it is that
 of the whole clip. `frames` makes it of whole clips, padded in front (MulT, MultiBench) or behind with zeros.
 Unaligned streams have a mask each, {m: frames(x) for m, x in complete.items()}. By lengths:
-torch.arange(T) < lengths[:, None] if padded behind, torch.arange(T) >= T - lengths[:, None] if in front. None:
-padding counts as frames. For a stream that you do not have say width 1 and give zeros (B, T, 1).
+torch.arange(T) < lengths[:, None] if padded behind, torch.arange(T) >= T - lengths[:, None] if in front.
+Without real padding counts as frames: the answers change unnoticed. For a stream that you do not have say
+width 1 and give zeros (B, T, 1).
 
 Standardise first: by the mean and deviation of each feature over the training split's frames that are not all
 zeros (a deviation of 0 is 1); clamp to +-5, and set frames of zeros to zero again. With audio scaled by 100,
@@ -122,7 +123,7 @@ class Config:
     weight_decay: float = 1e-5
     batch_size: int = 96
     epochs: int = 25
-    mia: str = "x_t"            # what (13) adds: x_t as the paper describes it, z, or off
+    mia: str = "x_t"            # what (13) adds: its t ("x_t"), as the paper describes it; z; or off
     temperature: float = 2.0    # tau in (15)
     w1: float = 0.5             # of (14), from a later command of the official code
     w2: float = 0.5
@@ -331,11 +332,11 @@ def rank_n_contrast(features: Tensor, labels: Tensor, temperature: float = 2.0) 
     features = full_precision(features)
     labels = labels.reshape(n, -1).to(features)
     gap = (labels[:, None] - labels[None]).abs().sum(-1)            # |y_i - y_k| (n, n)
-    gap.fill_diagonal_(-torch.inf)                                  # i comes first and is in no tail
+    gap.fill_diagonal_(-torch.inf)                                  # so i comes first, before every tail used
     # Not through the matrix product: it loses small distances. The gradient of cdist is 0 at distance 0.
     s = -torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist") / temperature
     order = gap.argsort(dim=1)
-    tail = s.gather(1, order).flip(1).logcumsumexp(1).flip(1)       # log sum over all from a place on
+    tail = s.gather(1, order).flip(1).logcumsumexp(1).flip(1)       # log-sum-exp from a place on
     first = torch.searchsorted(gap.gather(1, order), gap - 1e-4)    # where the k of (i, j) begin
     return (tail.gather(1, first) - s).fill_diagonal_(0).sum() / (n * (n - 1))
 
@@ -407,13 +408,13 @@ class DoubleFlow(nn.Module):
                           "frame to its last, wherever the clip is padded")
         self.first_batch = False
 
-    def refine(self, level: int, streams: Streams, missing: Tensor) -> Streams:
-        """MIA, (4) and (10): streams m -> (B, ...), of which the text is refined where missing (B,)."""
+    def refine(self, level: int, parts: dict, missing: Tensor) -> dict:
+        """MIA, (4) and (10): parts m -> (B, ...), of which the text's is refined where missing (B,)."""
         if self.config.mia == "off":
-            return streams
-        text = self.imagine[level](*(streams[m] for m in ORDER))
+            return parts
+        text = self.imagine[level](*(parts[m] for m in ORDER))
         missing = missing.reshape(-1, *[1] * (text.ndim - 1))
-        return {**streams, "text": torch.where(missing, text, streams["text"])}
+        return {**parts, "text": torch.where(missing, text, parts["text"])}
 
     def flow(self, text: Tensor, audio: Tensor, vision: Tensor, text_missing: bool | Tensor,
              real: Masks = None) -> dict[str, Tensor]:
@@ -433,9 +434,9 @@ class DoubleFlow(nn.Module):
         queries = torch.stack(list(q.values()), dim=1)                                    # (7) (B, 7, D)
         c = {m: self.cross[m](queries, z[m], real[m]) for m in ORDER}                       # (8), (9)
         c = self.refine(1, c, missing)                                                      # (10)
-        g = sum(w[:, i, None, None] * c[m] for i, m in enumerate(ORDER))                  # (11) (B, 7, 128)
-        r = self.cross_weights(g.flatten(1))
-        h_star = (r[..., None] * g).sum(1)
+        joint = sum(w[:, i, None, None] * c[m] for i, m in enumerate(ORDER))              # (11) G (B, 7, 128)
+        r = self.cross_weights(joint.flatten(1))
+        h_star = (r[..., None] * joint).sum(1)
         return {"prediction": self.classify(h_star), "h": h_star, "g": self.contrast(h_star),   # (12)
                 "q_text": q["text"], "c_text": c["text"]}
 

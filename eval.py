@@ -506,16 +506,16 @@ def make_rows(table: dict, rates: list[float]) -> list[Row]:
 def levels(runs: list[dict], part: str, metric: str, rates: list[float], weights=None) -> list[dict]:
     """For each run column -> number. part: "conditions" (the model's results), "constant" or "linear". With weights
     (draws, clips) a number is an array (draws,), on each of the drawn test sets."""
-    result = []
-    for run in runs:
-        values = {c: cell[metric] for c, cell in run[part].items() if metric in cell}
+    numbers = []
+    for result in runs:
+        values = {c: cell[metric] for c, cell in result[part].items() if metric in cell}
         if weights is not None:
-            clips, task = run["clips"], run["run"]["task"]
+            clips, task = result["clips"], result["run"]["task"]
             for c in values:
                 answer = clips[part][c]
                 values[c] = drawn_metric(metric, task, answer, clips["truth"], weights[:, clips["index"]])
-        result.append(with_means(values, rates))
-    return result
+        numbers.append(with_means(values, rates))
+    return numbers
 
 
 def with_means(values: dict, rates: list[float]) -> dict:
@@ -651,7 +651,7 @@ def show(table: dict, rows: list[Row], args) -> None:
     extension = ", an extension: not in the paper" if own_titles else ""
     counts = {row.n for row in rows if row.kind == "ours"}
     n = " or ".join(map(str, sorted(counts)))
-    show_tables(f"the paper's table, n = {n}", rows, own_titles)
+    show_tables(f"the paper's columns, n = {n}", rows, own_titles)
     show_tables(f"available streams, n = {n}{extension}", rows, TITLES)
     if args.rates:
         fitting = args.rates[::max(1, math.ceil(len(args.rates) / 6))]      # all are in --csv and --plot
@@ -715,14 +715,14 @@ def legend(table: dict, rows: list[Row], args) -> list[str]:
         "Each emotion is a decision of its own; its F1 is weighted by yes and no.": "F1 happy" in named,
         "MAE is in units of the label, less is better.": "MAE" in named,
         "Avg. is the mean of the sets before it that the data can answer; ± is the deviation over the seeds.": True,
-        "constant always answers the class that is commoner in training, or the median of a regression.": True,
+        "constant always answers the class that is commoner in training, for a regression the median.": True,
         "linear is a ridge regression for each set of streams, on pooled frames of complete clips.": "linear" in kinds,
         "Differences are seed by seed. *: the 95 % interval leaves out 0, by "
         f"{DRAWS} draws of {drawn} and seeds.": starred,
         "The interval takes clips as independent, which those of one video are not.": starred and drawn == "clips",
         "area is the mean height of the curve over the share of dropped frames.": len(args.rates) > 1,
         "At 1.0 nothing is left of any clip: all clips of one length get the same answer there.": 1.0 in args.rates,
-        "-: there is no number.": True,
+        "-: there is no number.": any(TITLES.keys() - row.mean.keys() for row in rows if row.metric in MAIN),
         "More metrics and rates are in --csv.": not args.csv,
     }
     return [line for line, stands in lines.items() if stands]

@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 import data
 from data import DataError
-from eval import (ENTRIES, FORMAT, METHODS, clips_at_a_time, constant, device_named, differences, evaluate, fit_linear,
+from eval import (FORMAT, METHODS, clips_at_a_time, constant, device_named, differences, evaluate, fit_linear,
                   read_checkpoint, score, targets)
 
 START_OVER = "It is not as train.py writes it: start over with --no-resume."
@@ -116,7 +116,7 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
         teacher = teacher_rows(model, loaded["train"], index)
         sets = data.distinct(model.stages[stage], run["lacking"])       # the best epoch is chosen on these
         metric = "-MAE" if run["task"] == "regression" else "F1"
-        print(f"{stage}: the epoch with the best {metric} on validation is kept, sets {' '.join(sets)}")
+        print(f"{stage}: the epoch with the best {metric} on validation is kept, mean over {' '.join(sets)}")
 
         for epoch in range(state["epoch"], config.epochs):
             began, name = time.perf_counter(), f"{stage} {epoch + 1}/{config.epochs}"
@@ -138,9 +138,10 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
                 begin_folder(folder, run, load, device)
             # Before last.pt: a run that is stopped in between repeats this epoch.
             if last and better:
-                save(folder / "model.pt", dict(zip(ENTRIES, (run, load, loaded["stats"], linear, epoch + 1, weights))))
+                save(folder / "model.pt", {"run": run, "load": load, "stats": loaded["stats"], "linear": linear,
+                                           "epoch": epoch + 1, "model": weights})
             save_state(folder, state)
-            print(f"{name}  loss {losses['total']:.3f}  valid {now:.4f}{', the best' if better else ''}  "
+            print(f"{name}  loss {losses['total']:.3f}  valid {metric} {now:.4f}{' (best)' if better else ''}  "
                   f"{time.perf_counter() - began:.1f} s")
 
         model.load_state_dict(state["best"]["weights"])     # the next stage goes on from the best epoch
@@ -302,7 +303,8 @@ def adopt(run: dict, folder: Path, load: dict, path: Path) -> None:
     advice = "It is damaged or not the published checkpoint: download it again."
     with data.reading(path, advice):
         model.load_official(read_checkpoint(path, (), advice))
-    save(folder / "model.pt", dict(zip(ENTRIES, (run, load, None, None, None, model.state_dict()))))
+    save(folder / "model.pt", {"run": run, "load": load, "stats": None, "linear": None, "epoch": None,
+                               "model": model.state_dict()})
 
 
 def save_state(folder: Path, state: dict) -> None:

@@ -23,7 +23,7 @@ there is.
 Notation: m, n in {text, audio, vision}; B clips, T frames, d = 40; sg = no gradient; superscripts c, m
 = complete, missing pass; s = sigmoid; * = product of elements; PE = positional encoding; LN =
 LayerNorm; FFN = Linear, ReLU, Linear; GAP = global average pooling, the mean over frames. In the code
-`real` is the mask of padding, m -> (B, T), True where a frame belongs to the clip, missing or not;
+`real`, m -> (B, T), is True where a frame belongs to the clip, missing or not, and False in padding;
 attention and means leave padding out, so that no answer depends on the longest clip of a batch.
 
   (1) F_m = Transformer_m(sqrt(d) Conv1d_k3(X_m) + PE(T_m, d))  in R^(T_m x d)             Encoder
@@ -84,9 +84,10 @@ real is True from a clip's first frame to its last, missing frames between them 
 of the whole clip. `frames` makes it of whole clips, padded in front (MulT, MultiBench) or behind with zeros.
 Unaligned streams have a mask each, {m: frames(x) for m, x in complete.items()}, and
 UMDF(..., Config(aligned=False)). By lengths:
-torch.arange(T) < lengths[:, None] if padded behind, torch.arange(T) >= T - lengths[:, None] if in front. None:
-padding counts as frames. For a stream that you do not have say width 1 and give zeros (B, T, 1); without vision
-the sets are 1 to 3: randint_like(..., 1, 4), enumerate(("text", "audio")).
+torch.arange(T) < lengths[:, None] if padded behind, torch.arange(T) >= T - lengths[:, None] if in front.
+Without real padding counts as frames: the answers change unnoticed. For a stream that you do not have say
+width 1 and give zeros (B, T, 1); without vision the sets are 1 to 3: randint_like(..., 1, 4),
+enumerate(("text", "audio")), and validate takes l, a and la.
 
 Standardise first: by the mean and deviation of each feature over the training split's frames that are not all
 zeros (a deviation of 0 is 1); clamp to +-5, and set frames of zeros to zero again. With audio scaled by 100,

@@ -267,7 +267,7 @@ BAD = [         # what is said, and the file's content
     *(("one class alone. Sentiments are meant, in .-3, 3.", every(["train"], more, labels=y)) for more, y in ONE_CLASS),
     ("'vision' holds.* NaN.* clip clip0_2", number("vision", np.nan)),
     ("'audio' holds values .* clip clip0_2", number("audio", np.inf)),
-    ("'text' holds values", number("text", -np.inf)),
+    ("'text' holds values", number("text", -np.inf)), ("'vision' holds values", number("vision", -np.inf)),
     ("'audio' .*too large.*clip clip0_2", number("audio", -1e300)),
     ("split valid .* has neither 'labels' nor", without("valid", "labels")),
     ("simulated_text as many as text", every(simulated_text=lambda split: split["text"][..., :4])),

@@ -34,7 +34,7 @@ def plain_metric(run, column, weights):
 
 @pytest.mark.parametrize("file", answers.FILES)
 def test_a_plain_loop_over_clips_seeds_and_draws_finds_the_same_cells(file):
-    """Means, deviations, n and whether the interval leaves out 0. Draws of clips and seeds are the program's own."""
+    """Means, deviations, n, intervals and whether they leave out 0. Draws of clips and seeds are the program's own."""
     runs, found = RUNS[file], {}
     some = next(iter(runs.values()))[0]
     draws = evaluation.draw_weights(some["clips"]["units"])
@@ -66,13 +66,15 @@ def test_a_plain_loop_over_clips_seeds_and_draws_finds_the_same_cells(file):
             continue
         digits = 2 if task == "polarity" else 3 if theirs else 4
         expected = f"{sum(values) / len(values):{'+' if theirs else ''}.{digits}f}"
-        expected += f"±{np.std(values, ddof=1):.{digits}f} ({len(values)})" if len(values) > 1 else f" ({len(values)})"
-        if theirs:
+        if not theirs:
+            expected += f"±{np.std(values, ddof=1):.{digits}f} ({len(values)})"
+        else:
             many = len(seeds)
             chosen = np.random.default_rng(1).multinomial(many, np.full(many, 1 / many), len(draws))
             means = [sum(count * number(seed, k) for seed, count in zip(seeds, chosen[k]) if count) / many
                      for k in range(len(draws))]
             low, high = np.percentile(means, (2.5, 97.5))
+            expected += f" [{low:+.{digits}f},{high:+.{digits}f}] ({many})"
             expected = f"**{expected}**" if low > 0 or high < 0 else expected
         assert answers.text(answers.row(runs, ours, subtracted or ""), column) == expected, (ours, subtracted, column)
 

@@ -178,8 +178,8 @@ def test_what_a_run_begins_with_and_follows(tmp_path, monkeypatch, capsys):
     assert best["stats"] and raw["stats"] is None and raw["run"]["normalize"] is False and raw["run"]["limit"] == 8
     valid, said = history(tmp_path, "mosi/double_flow/s5")[0]["valid"], capsys.readouterr().out
     mean = sum(cell["MAE"] for cell in valid.values()) / len(valid)
-    assert f"loss 1.250  valid {-mean:.4f}, the best" in said and valid["av"]["n"] == 8
-    assert f"the epoch with the best -MAE on validation is kept, sets {' '.join(valid)}\n" in said
+    assert f"loss 1.250  valid -MAE {-mean:.4f} (best)" in said and valid["av"]["n"] == 8
+    assert f"the epoch with the best -MAE on validation is kept, mean over {' '.join(valid)}\n" in said
     assert "clips: 8 for training, 8 for validation; widths {'text': 6, 'audio': 4, 'vision': 3}" in said
     monkeypatch.chdir("runs")
     assert evaluation.main([".", "--no-rates"]) == 0
@@ -450,7 +450,7 @@ def test_the_readmes_section_on_own_clips_does_what_it_says(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     written(tmp_path, learnable(n=20), "mine.pkl")
     written(tmp_path, {"test": {m: x for m, x in learnable(n=20)["test"].items() if m != "labels"}}, "new.pkl")
-    section = (ROOT / "README.md").read_text().split("## Your own clips")[1].split("\n## ")[0]
+    section = (ROOT / "README.md").read_text().split("## Your own clips")[1].split("\n## ")[0].replace("\\\n", "")
     commands = re.findall(r"^python (\S+) (.*)$", section, re.MULTILINE)
     assert [name for name, _ in commands] == ["train.py", "eval.py", "train.py"]
     for name, words in commands:
