@@ -1,8 +1,8 @@
-"""Data: load the standard pickles, drop frames and streams, cut batches; check, convert or make up a file.
+"""Load the standard pickles, drop frames and streams, cut batches; check, convert or make up a file.
 
-    python data.py check FILE                                    what a file is, or what is wrong with it
-    python data.py convert FOLDER --out DIR                      MFN's .h5 files of MOSI as a pickle (needs h5py)
-    python data.py synthesize mosi|mosei|iemocap --out DIR       write a SYNTHETIC stand-in in MulT's layout
+    python data.py check FILE                               what a file is, or what is wrong with it
+    python data.py convert FOLDER --out DIR                 MFN's .h5 files as a pickle (needs h5py)
+    python data.py synthesize mosi|mosei|iemocap --out DIR  a SYNTHETIC stand-in in MulT's layout
 
 Formats: MulT's (split -> text, audio, vision, labels, id), which MultiBench uses too, and MMSA's (split -> text, audio,
 vision, regression_labels, id, audio_lengths, ...); splits are train, valid, test. Or folders of feature files, one .npy

@@ -1,12 +1,12 @@
 """Evaluate trained runs under missing modalities and print the papers' tables.
 
-    python eval.py runs/mosi/corrkd              seven available sets, then dropped frames p = 0.0 ... 1.0
-    python eval.py runs/mosi --csv tables.csv    several methods and ablations: one group of tables a data set
-    python eval.py runs/mosi/corrkd/s1111 --data-dir mine.pkl    clips of one's own, labelled or not
+    python eval.py runs/mosi/corrkd             seven available sets, then shares of dropped frames
+    python eval.py runs/mosi --csv tables.csv   several methods and ablations, by data set
+    python eval.py runs/mosi/corrkd/s1111 --data-dir mine.pkl   clips of one's own, labelled or not
 
-The runs of one folder differ in their seed alone and are averaged. Each run folder gets predictions.csv,
-every answer, and results.json, every number (null where there is none), in the place of an earlier
-evaluation's.
+The runs of one folder differ in their seed alone and are averaged. Each run folder gets
+predictions.csv, every answer, and results.json, every number (null where there is none), in the
+place of an earlier evaluation's.
 """
 import argparse
 import csv

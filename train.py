@@ -1,28 +1,26 @@
 """Train a method and leave run folders that eval.py reads.
 
-    python train.py --method corrkd --dataset mosei                     real data from data/, five seeds
-    python train.py --method corrkd --dataset mosi --synthetic          made-up data, nothing to download
-    python train.py --method corrkd --dataset mosi --synthetic --limit 64 --epochs 1 --seeds 1 --out runs/look
+    python train.py --method corrkd --dataset mosei               real data from data/, five seeds
+    python train.py --method corrkd --dataset mosi --synthetic    made-up data, nothing to download
+    python train.py --method corrkd --dataset mosi --synthetic --limit 64 --epochs 1 --seeds 1
 
-Each stage of a method ends with the epoch that is best on validation. An interrupted run goes on by the same
-command, on the same machine with the same number of threads to the same numbers (on CUDA with --deterministic).
-A run is a folder, of the form
+Each stage ends with its epoch that is best on validation. A stopped run goes on by the same
+command, with as many threads to the same numbers (on CUDA with --deterministic). A run is a folder,
 <out>/<dataset>[-synthetic]/<method>[-<ablation>]/s<seed>/ (sofficial with --official), with
 
-    config.json   what the run is, and the command, code and machine that began it
-    log.jsonl     one line an epoch: its loss terms, its numbers on validation, the best epoch so far
-    last.pt       all that the next epoch depends on
-    model.pt      the result, a dict of tensors and plain values that torch.load(path, weights_only=True) reads:
-                    run     what the run is: method, data set, task, ablation, seed, config, widths of the streams, ...
-                    load    the arguments of data.load that find its data again
-                    stats   stream -> (mean, deviation): a frame that is not all zeros becomes (x - mean) / deviation,
-                            clipped to [-5, 5]; frames of zeros stay. None: the features are used as they are
-                    linear  the linear baseline, or None: a ridge regression for each set of streams, on mean (and
-                            deviation, most and least) of the frames of complete clips
-                    epoch   in which epoch of the last stage these weights were best; None with --official
-                    model   the weights, of CorrKD those of teacher, student and critics
+    config.json  what the run is, and the command, code and machine that began it
+    log.jsonl    one line an epoch: loss terms, numbers on validation, the best epoch so far
+    last.pt      all that the next epoch depends on
+    model.pt     the result, a dict that torch.load(path, weights_only=True) reads:
+        run      what the run is: method, data set, task, ablation, seed, config, widths, ...
+        load     the arguments of data.load that find its data again
+        stats    stream -> (mean, deviation): a frame that is not all zeros becomes
+                 (x - mean) / deviation, clipped to [-5, 5]; frames of zeros stay. None: as they are
+        linear   the linear baseline (a ridge regression for each set of streams), or None
+        epoch    in which epoch of the last stage these weights were best; None with --official
+        model    the weights, of CorrKD those of teacher, student and critics
 
---features, --labels and --official are for what Double-Flow's authors give; the README has the commands.
+--features, --labels and --official are for what Double-Flow's authors give: see the README.
 
 Runs are independent of each other, so the shell runs several side by side, and a cluster many:
 
