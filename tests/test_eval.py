@@ -284,7 +284,7 @@ def test_every_number_of_the_tables_and_the_csv_is_made_of_what_was_measured(tra
 
 @pytest.mark.parametrize("split, seed, limit", [("test", 6, 9), ("valid", 7, None), ("train", 0, None)])
 def test_every_number_of_results_json_and_predictions_csv_is_what_its_name_says(
-        copied, trained, split, seed, limit, capsys):
+        copied, trained, split, seed, limit, monkeypatch, capsys):
     """On the first clips, standardised as in training, under the split's own masks; the constant is the record's."""
     checkpoint = torch.load(copied / "model.pt", weights_only=True)
     clips = data.load("mosi", trained / "data", SPLITS, limit=limit, stats=checkpoint["stats"])[split]
@@ -294,7 +294,10 @@ def test_every_number_of_results_json_and_predictions_csv_is_what_its_name_says(
     model.load_state_dict(checkpoint["model"])
     always = 1 - evaluation.constant(torch.tensor(truth), "polarity")       # not what these labels would say
     rerecord(copied, constant=always, limit=limit)
+    asked, predict = [], evaluation.predict
+    monkeypatch.setattr(evaluation, "predict", lambda *of: asked.append(of[1:]) or predict(*of))
     out, _ = shown(capsys, copied, "--split", split, "--mask-seed", seed, "--rates", "0.3", "0.6", "1")
+    assert len(asked) == 2 and asked[0][1:] == asked[1][1:]        # the model and the linear baseline, alike
     got, lines = results(copied), read_csv(copied / "predictions.csv")
     assert len(lines) == 10 * len(classes)
 
