@@ -150,6 +150,7 @@ ABLATIONS = {
 }
 FEATURES = {"text": 300, "audio": 74, "vision": 35}     # widths of the features that REPORTED is of
 TABLE = {}      # the paper's table is that of the seven sets
+learning_rate_factor = None     # the learning rate is constant
 
 
 def _row(*numbers: float) -> dict[str, float]:

@@ -44,7 +44,7 @@ METHODS = {"umdf": umdf, "corrkd": corrkd, "double_flow": double_flow}
 #   REPORTED          data set -> ablation ("" = the full method) -> metric -> column -> the paper's number
 #   FEATURES          m -> the width of the features that REPORTED is of
 #   TABLE             column -> title where the paper's table is not that of the seven sets
-#   learning_rate_factor(epoch) -> what lr is multiplied by in epoch 0, 1, ...; absent where it is constant
+#   learning_rate_factor(epoch) -> what lr is multiplied by in epoch 0, 1, ...; None where it is constant
 #   Model(dims, task, config), an nn.Module. dims: m -> width, also of simulated_text if the data carries it.
 #     What it learns is in its state_dict; nothing else outlives a stop. __init__ reads no tensor's value:
 #     eval.py calls it on the device "meta" as well. Constants are buffers, which follow the model's device.

@@ -20,7 +20,15 @@ command, with as many threads to the same numbers (on CUDA with --deterministic)
         epoch    in which epoch of the last stage these weights were best; None with --official
         model    the weights, of CorrKD those of teacher, student and critics
 
---features, --labels and --official are for what Double-Flow's authors give: see the README.
+The features that Double-Flow's authors give (see the README) are folders. With --official FILE, their
+checkpoint, nothing is trained, without it all is (not run here: we cannot reach their addresses):
+
+    python train.py --method double_flow --dataset mosei --out runs/official \\
+        --labels label_official.npz --official mosei_mult-view_kd_full_0.5060_0.5503.pt --features \\
+        text=features_mosei/vicuna-7b-v1.5-FRA-wavlm2vicuna-half-gt \\
+        audio=features_mosei/wavlm-large-FRA_-5 vision=features_mosei/manet_FRA \\
+        "simulated_text=features_mosei/vicuna-7b-v1.5-FRA-wavlm2vicuna-half-wav+prompt[take_generate_wordembed_-4]"
+    python eval.py runs/official/mosei/double_flow
 
 Runs are independent of each other, so the shell runs several side by side, and a cluster many:
 
@@ -119,7 +127,7 @@ def train(run: dict, folder: Path, loaded: dict, load: dict, linear: dict | None
         for epoch in range(state["epoch"], config.epochs):
             began, name = time.perf_counter(), f"{stage} {epoch + 1}/{config.epochs}"
             generator = seed_epoch(run["seed"], len(stages) - number, epoch)
-            if hasattr(module, "learning_rate_factor"):
+            if module.learning_rate_factor:
                 optimizer.param_groups[0]["lr"] = config.lr * module.learning_rate_factor(epoch)
             losses = train_epoch(model, optimizer, loaded["train"], index, truth, teacher, config, generator, name)
             valid = evaluate(model, run["task"], loaded["valid"], sets, "valid")
@@ -267,7 +275,7 @@ def restore(folder: Path, run: dict, start_over: bool) -> dict:
     path = folder / "last.pt"
     if start_over or not path.exists():
         return {"run": run, "stage": 0, "epoch": 0, "best": None, "history": [], "finished": False}
-    state = read_checkpoint(path, ("run",), START_OVER)
+    state = read_checkpoint(path, ("run", "history", "finished"), START_OVER)
     if differ := differences(run, state["run"]):
         raise DataError(f"{folder} holds a run of another configuration (it differs in {', '.join(differ)}). "
                         "Name another folder with --out, or start over with --no-resume.")

@@ -102,16 +102,18 @@ def row(file_runs: dict, ours: str, subtracted: str = "") -> evaluation.Row | No
 
 
 def text(row: evaluation.Row | None, column: str) -> str:
-    """A cell of the README: mean, deviation and n; of a difference its interval, bold where it leaves out 0."""
+    """A cell of the README: mean and deviation; of a difference its interval, bold where it leaves out 0; the number of
+    seeds where it is not five."""
     if row is None:
         return "not run"
     mean, deviation = evaluation.cell(row, column)
     if mean == "-":
         return mean
+    seeds = "" if row.n == 5 else f" ({row.n})"
     if not row.against:
-        return f"{mean}{deviation} ({row.n})"
+        return mean + deviation + seeds
     digits = 2 if row.metric == "F1" else 3
-    cell = f"{mean.removesuffix('*')} [{row.low[column]:+.{digits}f},{row.high[column]:+.{digits}f}] ({row.n})"
+    cell = f"{mean.removesuffix('*')} [{row.low[column]:+.{digits}f},{row.high[column]:+.{digits}f}]{seeds}"
     return f"**{cell}**" if mean.endswith("*") else cell
 
 

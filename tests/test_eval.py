@@ -526,6 +526,7 @@ def test_a_fourth_method_with_a_buffer_and_nothing_to_list_trains_and_is_evaluat
             return {"total": torch.nn.functional.cross_entropy(self.classify(self.represent(missing, real)), target)}
     monkeypatch.setitem(evaluation.METHODS, "late", types.SimpleNamespace(
         TASKS=corrkd.TASKS, Config=corrkd.Config, PAPER=corrkd.PAPER, ABLATIONS={}, REPORTED={}, FEATURES={}, TABLE={},
+        learning_rate_factor=None,
         Model=Late))
     written(tmp_path / "data", learnable())
     assert run(tmp_path, method="late") == 0
