@@ -167,6 +167,8 @@ REPORTED = {
         "kl": {"F1": {"avg": 73.27}},
     },
     "mosei": {"": {"F1": _row(80.76, 66.09, 62.30, 81.74, 81.28, 71.92, 74.02, 82.16)}},
+    # Always "no" has an F1 of 79.0 (happy), 70.3 (sad), 65.5 (angry) and 43.9 (neutral) on the test
+    # split. Below it lie happy {a} 69.6, happy {v} 68.0, happy {a,v} 70.0, happy Avg. 76.1, sad {v} 67.6.
     "iemocap": {"": {
         "F1 happy": _row(82.6, 69.6, 68.0, 84.1, 82.0, 70.0, 76.1, 87.5),
         "F1 sad": _row(82.7, 71.3, 67.6, 83.4, 82.2, 72.5, 76.6, 85.9),

@@ -845,7 +845,7 @@ def run_folders(paths: list[Path]) -> list[Path]:
     for path in paths:
         models = list(path.rglob("model.pt"))
         if not models:
-            raise DataError(f"{path} holds no model.pt, so no run that is trained far enough: name a run "
+            raise DataError(f"There is no model.pt in {path}, so no run that is trained far enough: name a run "
                             "folder of train.py, or a folder that holds some.")
         folders.update(Path(os.path.abspath(model.parent)) for model in models)
     return sorted(folders)

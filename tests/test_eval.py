@@ -220,7 +220,7 @@ def test_the_linear_baseline_is_a_ridge_regression_for_each_set_of_streams(tmp_p
     ({}, ["--csv", "nowhere/t.csv"], "folder cannot be written"),
     ({}, ["--csv", "model.pt"], "does not end in .csv"),
     ({}, ["--plot", "x.png"], "pip install matplotlib"),
-    ({}, ["log.jsonl"], "log.jsonl holds no model.pt")])
+    ({}, ["log.jsonl"], "There is no model.pt in log.jsonl")])
 def test_mistakes_and_what_is_no_result_of_training_are_told_at_once(copied, change, more, said, monkeypatch, capsys):
     """In a sentence, before any answer; nothing in a file is run, and a record alone asks for no memory."""
     monkeypatch.chdir(copied)
