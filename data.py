@@ -920,6 +920,9 @@ def convert(path: Path, out: Path) -> None:
         for name, shape in ((f"X_{s}.h5", (n, 20, 325)), (f"y_{s}.h5", (n, 1, 1))):
             advice = f"MFN's file of MOSI holds {n} clips: download it again."
             with reading(path / name, advice), open_file(path / name) as raw, h5py.File(raw) as file:
+                own = isinstance(file.get("data", getlink=True), h5py.HardLink)
+                if not own or file["data"].external or file["data"].is_virtual:
+                    raise ValueError("its numbers lie in another file")
                 arrays.append(file["data"][()].astype(np.float32).reshape(shape))
         x, labels = arrays
         content[s] = dict(zip(STREAMS, np.split(x, (300, 305), axis=2)), labels=labels)

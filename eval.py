@@ -366,7 +366,8 @@ def correlation(truth: np.ndarray, answer: np.ndarray) -> float:
 def fit_linear(loaded: dict, task: str) -> dict | None:
     """The arguments of Linear but the task: for each set of streams a ridge regression on the complete training
     clips, to the sentiment or to -1 and 1 for a decision. The strength, one for all sets, and whether the means
-    alone are used are the best on validation over the available sets. Nothing is drawn. None for feature folders."""
+    alone are used are the best on validation over the available sets; then for each set which of its streams are
+    read. Nothing is drawn. None for feature folders."""
     train, valid = loaded["train"], loaded["valid"]
     if isinstance(train["text"], data.Frames):
         return None
@@ -394,7 +395,25 @@ def fit_linear(loaded: dict, task: str) -> dict | None:
             linear = {"weight": weight, "bias": y_mean - weight @ x_mean, "widths": widths}
             outputs = {c: Linear(task, **linear).classify(pooled) for c, pooled in h.items()}
             candidates.append((score(measure(task, valid, outputs)), linear))
-    return max(candidates, key=lambda candidate: candidate[0])[1]
+    linear = max(candidates, key=lambda candidate: candidate[0])[1]
+    reads = best_streams(linear, task, valid, h)
+    return {**linear, "weight": linear["weight"][reads], "bias": linear["bias"][reads]}
+
+
+def best_streams(linear: dict, task: str, valid: dict, h: dict) -> list[int]:
+    """A set's number -> which of its streams its regression is to read, as such a number: those that are best on
+    validation, as one more can do harm."""
+    reads = list(range(8))
+    for c, pooled in h.items():
+        own = sum(1 << i for i, m in enumerate(STREAMS) if m in data.SETS[c])
+        scores = {}
+        for streams in range(own, 0, -1):
+            if streams & own == streams:
+                weight, bias = (linear[name][[streams] * 8] for name in ("weight", "bias"))
+                output = Linear(task, weight, bias, linear["widths"]).classify(pooled)
+                scores[streams] = score(measure(task, valid, {c: output}))
+        reads[own] = max(scores, key=scores.get)        # all of them, where others are no better
+    return reads
 
 
 def pooled_clips(split: dict, index: torch.Tensor, condition: str) -> torch.Tensor:
@@ -716,7 +735,8 @@ def legend(table: dict, rows: list[Row], args) -> list[str]:
         "MAE is in units of the label, less is better.": "MAE" in named,
         "Avg. is the mean of the sets before it that the data can answer; ± is the deviation over the seeds.": True,
         "constant always answers the class that is commoner in training, for a regression the median.": True,
-        "linear is a ridge regression for each set of streams, on pooled frames of complete clips.": "linear" in kinds,
+        "linear is a ridge regression for each set of streams, on pooled frames of complete clips; of a set it reads "
+        "the streams that are best on validation.": "linear" in kinds,
         "Differences are seed by seed. *: the 95 % interval leaves out 0, by "
         f"{DRAWS} draws of {drawn} and seeds.": starred,
         "The interval takes clips as independent, which those of one video are not.": starred and drawn == "clips",

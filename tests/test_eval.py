@@ -1,5 +1,7 @@
 """eval.py: metrics by hand, masks, predictions, the linear baseline, checkpoints from elsewhere, tables, outputs."""
 import csv
+import importlib.util
+import itertools
 import json
 import os
 import re
@@ -135,6 +137,8 @@ def test_the_score_is_the_mean_over_the_sets_of_f1_or_minus_mae():
     assert evaluation.score(sets) == pytest.approx(-4.0)
     emotions = {c: {"n": 3, "F1 happy": 50.0 + k, "F1 sad": 60.0 + k} for k, c in enumerate(data.SETS)}
     assert evaluation.score(emotions) == pytest.approx(58.0)
+    one_class = {"l": {"n": 3, "F1 happy": NONE, "F1 sad": 60.0}, "a": {"n": 3, "F1": NONE, "Acc-2": 50.0}}
+    assert evaluation.score(one_class) == pytest.approx(55.0)
 
 
 @pytest.mark.parametrize("lengths", [(8, 8, 8), (8, 12, 10)])
@@ -157,13 +161,16 @@ def test_predictions_are_those_of_one_full_pass_for_each_condition(tmp_path, len
         torch.testing.assert_close(parts[condition], model.classify(h), rtol=0, atol=1e-5)
         torch.testing.assert_close(parts[condition], whole[condition], rtol=0, atol=1e-6)
     assert evaluation.clips_at_a_time({"real": {m: torch.ones(1, 500) for m in STREAMS}}) == 43
+    split["audio"][9] = NONE            # of one clip
+    with pytest.raises(DataError, match="not finite"):
+        evaluation.predict(model, split, ["lav"], "test")
 
 
 @pytest.mark.parametrize("task, four, noise", [
     ("regression", False, 2), ("regression", True, 0), ("polarity", True, 0)])
 def test_the_linear_baseline_is_a_ridge_regression_for_each_set_of_streams(tmp_path, task, four, noise):
-    """Against the closed form on plain features, clip by clip. The strength and the features are the best on
-    validation, not on training and not of {l,a,v}; a frame of zeros is not there."""
+    """Against the closed form on plain features, clip by clip. The strength, the features and the streams of a set are
+    the best on validation, not on training and not of {l,a,v}; a frame of zeros is not there."""
     loaded = data.load("mosi", written(tmp_path, learnable(lengths=(8, 12, 10))), SPLITS)
     for split in SPLITS if four else ():
         audio, vision = loaded[split]["audio"][..., 0], loaded[split]["vision"][..., 1]
@@ -184,14 +191,14 @@ def test_the_linear_baseline_is_a_ridge_regression_for_each_set_of_streams(tmp_p
         streams, kept = [split[m] * present[m][..., None] for m in available], 4 if pooled else 1
         return np.array([np.concatenate([pool for x in streams for pool in pools(x[i])[:kept]]) for i in range(40)])
 
-    def answer(name, condition, pooled, strength):
-        available = data.SETS.get(condition, STREAMS)
+    def answer(name, condition, pooled, strength, available=None):
+        available = available or data.SETS.get(condition, STREAMS)
         x = plain("train", "lav", available, pooled)
         centred = x - x.mean(0)
         w = np.linalg.solve(centred.T @ centred + strength * np.eye(x.shape[1]), centred.T @ (y - y.mean()))
         return (plain(name, condition, available, pooled) - x.mean(0)) @ w + y.mean()
 
-    def error(name, sets, choice):
+    def error(name, sets, choice):          # choice: whether pooled, strength, and streams if not all of a set
         found, y = [answer(name, c, *choice) for c in sets], labels[name]
         if decides:
             return -statistics.fmean(evaluation.metrics(task, (x > 0) * 1, (y > 0) * 1)["F1"] for x in found)
@@ -200,10 +207,17 @@ def test_the_linear_baseline_is_a_ridge_regression_for_each_set_of_streams(tmp_p
     best, *others = (min(choices, key=lambda choice: error(name, sets, choice)) for name, sets in (
         ("valid", data.SETS), ("train", data.SETS), ("valid", ["lav"])))
     assert (decides or best not in others) and best[0] is four
-    model, conditions = evaluation.Linear(task, **got), [.3, "l", "v", "la", "lav"]
+    read = {}
+    for condition, available in data.SETS.items():
+        choices = [some for k in range(len(available), 0, -1) for some in itertools.combinations(available, k)]
+        read[condition] = min(choices, key=lambda some: error("valid", [condition], (*best, some)))
+    assert read["av"] != data.SETS["av"] or decides
+    read[.3] = read["lav"]
+    model, conditions = evaluation.Linear(task, **got), [.3, *data.SETS]
     output = evaluation.predict(model, loaded["test"], [*conditions, 1.0], "test", size=7)
     for condition in conditions:
-        np.testing.assert_allclose(output[condition][:, -1], answer("test", condition, *best), rtol=0, atol=1e-6)
+        expected = answer("test", condition, *best, read[condition])
+        np.testing.assert_allclose(output[condition][:, -1], expected, rtol=0, atol=1e-6)
         assert not decides or torch.equal(output[condition][:, 0], -output[condition][:, 1])
     assert output[1.0][:, -1].tolist() == pytest.approx([y.mean()] * 40)        # nothing is left
 
@@ -237,7 +251,9 @@ def test_mistakes_and_what_is_no_result_of_training_are_told_at_once(copied, cha
 
 
 def test_runs_in_one_folder_differ_in_their_seed_alone(copied, capsys):
-    for change, said in (({"seed": 7, "batch_size": 8}, "they differ in batch_size"), ({}, "the same seed")):
+    changed = {**torch.load(copied / "model.pt", weights_only=True)["run"]["data"], "sha256": "0" * 64}
+    for change, said in (({"seed": 7, "batch_size": 8}, "they differ in batch_size"), ({}, "the same seed"),
+                         ({"seed": 7, "data": changed}, "they differ in sha256")):
         rerecord(copied.parent / "s7", copied, **change)
         assert said in refused(capsys, copied.parent, "--no-rates")
 
@@ -319,6 +335,7 @@ def test_every_number_of_results_json_and_predictions_csv_is_what_its_name_says(
     assert (got["split"], got["mask_seed"], got["epoch"], got["epochs_run"]) == (split, seed, checkpoint["epoch"], 2)
     assert f"corrkd on mosi, {split} split, seeds 1, mask seed {seed}" in out
     assert got["data"]["sha256"][:16] in out and "SYNTHETIC" not in out
+    assert got["checkpoint_sha256"] == data.sha256(copied / "model.pt")
 
 
 def test_a_draw_of_each_clip_once_gives_the_difference_itself(copied, monkeypatch, capsys):
@@ -335,17 +352,22 @@ def test_seeds_are_paired_by_their_number_and_the_reference_is_the_full_method(c
     rerecord(top / "a/1", runs / "corrkd-no_scd/s1", seed=2)
     rerecord(top / "a/2", runs / "corrkd-no_scd/s2", seed=3)
     rerecord(top / "corrkd/s2", runs / "corrkd/s2")
-    rerecord(top / "e/s1", copied)
+    long = top / ("e" * 90)
+    rerecord(long / "s1", copied)
     out, _ = shown(capsys, top, top / "a", *RATES, "--csv", top / "t.csv")
     first, second = (results(top / where)["conditions"] for where in ("a/1", "corrkd/s2"))
     lines = [x for x in read_csv(top / "t.csv") if (x["kind"], x["metric"]) == ("paired", "F1")]
     named = {(x["name"], x["n"]) for x in lines if not x["name"].endswith("linear")}
-    assert named == {("corrkd no_scd - corrkd", "1"), (f"corrkd [{top / 'e'}] - corrkd", "1")} and "n = 1 or 2" in out
+    assert named == {("corrkd no_scd - corrkd", "1"), (f"corrkd [{long}] - corrkd", "1")} and "n = 1 or 2" in out
     found = {x["column"]: float(x["mean"]) for x in lines if x["name"] == "corrkd no_scd - corrkd"}
     assert found == pytest.approx(found | {c: first[c]["F1"] - second[c]["F1"] for c in first})
     rerecord(top / "c/s1", copied, limit=9)
     rerecord(top / "d/s1", copied, normalize=False)
-    assert shown(capsys, top, *RATES)[0].count("F1 in %: available streams") == 3
+    rerecord(top / "f/s1", copied, data={**results(copied)["run"]["data"], "sha256": "0" * 64})
+    out, _ = shown(capsys, top, "--data-dir", trained / "data", *RATES, "--csv", top / "t.csv")
+    assert out.count("F1 in %: available streams") == 4
+    cells = [(x["metric"], x["name"], x["column"]) for x in read_csv(top / "t.csv")]
+    assert cells.count(("F1", "corrkd", "area")) == 4
 
 
 def test_a_reason_to_read_the_numbers_with_care_is_told(copied, tmp_path, capsys):
@@ -375,9 +397,10 @@ def test_the_figure_has_a_panel_for_each_metric(trained, tmp_path, comparable, m
     figure = pytest.importorskip("matplotlib.figure").Figure
     axes, whole = [], figure.subplots
     monkeypatch.setattr(figure, "subplots", lambda *a, **k: (axes.append(whole(*a, **k)), axes[0])[1])
-    shown(capsys, trained / "runs", *RATES, "--plot", tmp_path / "f.png")
+    rerecord(tmp_path / "s1", trained / "runs/mosi/corrkd/s1", normalize=False)     # another panel
+    shown(capsys, trained / "runs", tmp_path, *RATES, "--plot", tmp_path / "f.png")
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
-    axis, = axes[0].flat
+    axis, _ = sorted(axes[0].flat, key=lambda axis: -len(axis.containers))
     assert axis.get_title() == "mosi\ntest split, 19 clips" and axis.get_ylabel() == "weighted F1 (%)"
     curves = {curve.get_label(): curve for curve in axis.containers}
     assert set(curves) == {"corrkd", "corrkd no_scd", "constant", "linear"}
@@ -396,6 +419,9 @@ def test_the_papers_numbers_stand_beside_ours_where_the_data_is_theirs(copied, c
         "umdf": 2661151904, "corrkd": 1214070142, "double_flow": 2929009196}
     sets, rates, _ = shown(capsys, copied, "--rates", "0")[1].values()
     assert sets["F1 corrkd, paper"]["{l,a}"] == "83.56" and rates["F1 corrkd, paper"]["0.0"] == "83.94"
+    rerecord(copied.parent / "no_scd/s1", copied, ablation="no_scd")
+    ablation = shown(capsys, copied.parent / "no_scd", "--no-rates")[1]["sets"]["F1 corrkd no_scd, paper"]
+    assert (ablation["{l,a}"], ablation["Avg."]) == ("-", "72.46")
     out, _ = shown(capsys, copied, "--no-rates", "--split", "valid")
     assert "corrkd, paper" not in out and "its numbers are of the test split" in out
 
@@ -413,6 +439,8 @@ def test_a_run_on_one_data_set_is_evaluated_on_another_and_compared_with_nothing
     folder, where = tmp_path / f"runs/{dataset}/corrkd/s1", f"{other}, trained on {dataset}"
     out, _ = shown(capsys, folder, "--no-rates", "--data-dir", files[other], "--csv", tmp_path / "t.csv")
     assert f"corrkd on {where}, test split" in out and ", paper" not in out and "of one data set" in out
+    lr = "lr 0.004, " if dataset == "mosei" else ""         # which is MOSI's default
+    assert f"other settings than the defaults: {lr}batch_size 16, epochs 1\n" in out
     assert (results(folder)["dataset"], results(folder)["conditions"]["l"]["n"]) == (where, sizes[other][2])
     assert {x["dataset"] for x in read_csv(tmp_path / "t.csv")} == {where}
     error = refused(capsys, folder, "--data-dir", files["iemocap"])
@@ -446,6 +474,8 @@ def test_two_tasks_have_two_baselines_and_are_subtracted_from_their_own_alone(co
     assert len(errors) == 20 and not any(x["probability"] for x in lines)
     assert table["MAE umdf"]["{l,a}"] == f"{statistics.fmean(errors):.4f}"
     assert re.fullmatch(r"[+-]\d\.\d{3}\*?", table["MAE umdf - linear"]["{l,a}"])
+    unaligned = written(tmp_path / "other", sized(lengths=(8, 12, 10)))
+    assert "aligned" in refused(capsys, tmp_path / "runs", "--data-dir", unaligned)
     labels = {"F1 constant, polarity", "F1 constant, regression", "F1 linear, polarity", "F1 linear, regression",
               "F1 umdf - linear", "MAE umdf - linear"}
     assert labels <= set(table) and "MAE corrkd - linear" not in table and "F1 corrkd - umdf" not in table
@@ -454,14 +484,18 @@ def test_two_tasks_have_two_baselines_and_are_subtracted_from_their_own_alone(co
 def test_iemocap_shows_four_emotions(tmp_path, capsys):
     written(tmp_path / "data", learnable(emotions=True), "iemocap_data.pkl")
     assert run(tmp_path, dataset="iemocap", epochs="1") == 0
-    table = shown(capsys, tmp_path / "runs")[1]["sets"]
-    measured = results(tmp_path / "runs/iemocap/corrkd/s1")
+    draws = ["--plot", tmp_path / "f.png"] if importlib.util.find_spec("matplotlib") else []
+    out, tables = shown(capsys, tmp_path / "runs", "--csv", tmp_path / "t.csv", *draws)
+    table, measured = tables["sets"], results(tmp_path / "runs/iemocap/corrkd/s1")
+    assert "sentiment 0" not in out and {"F1 happy", "F1 angry"} <= {
+        x["metric"] for x in read_csv(tmp_path / "t.csv") if x["low"] and x["high"]}
     assert list(measured["conditions"]) == [*data.SETS, *(f"{i / 10}" for i in range(11))]       # the default rates
     assert (measured["split"], measured["mask_seed"]) == ("test", 0) and measured["linear"]["l"]["F1 happy"] > 90
     assert [label for label in table if label.endswith("corrkd")] == [
         f"F1 {e} corrkd" for e in ("happy", "sad", "angry", "neutral")]
-    line = read_csv(tmp_path / "runs/iemocap/corrkd/s1/predictions.csv")[0]
-    assert len(json.loads(line["answer"])) == len(json.loads(line["probability"])) == 4
+    lines = read_csv(tmp_path / "runs/iemocap/corrkd/s1/predictions.csv")
+    answers, chances = (np.array([json.loads(line[name]) for line in lines]) for name in ("answer", "probability"))
+    assert answers.shape[1] == 4 and (answers == (chances > .5)).all() and (answers.sum(1) > 1).any()
 
 
 @pytest.mark.parametrize("splits", [["test"], ["train", "valid"], list(SPLITS)])
@@ -497,9 +531,10 @@ def test_clips_without_labels_are_answered(copied, tmp_path, form, capsys):
     """A file that holds the asked split alone; truth is empty, there is no table and no results.json."""
     made = {"test": sized()["test"]}
     made["test"]["labels"][:] = 0
-    if form == "no labels":
-        del made["test"]["labels"]
     before = read_csv(copied / "predictions.csv")
+    if form == "no labels":         # and no ids: clips are numbered
+        del made["test"]["labels"], made["test"]["id"]
+        before = [{**line, "clip": str(i % 20)} for i, line in enumerate(before)]
     out, _ = shown(capsys, copied, *RATES, "--data-dir", written(tmp_path / "mine", made), "--csv", tmp_path / "t.csv")
     assert "has no labels" in out and "There are no numbers, so no --csv" in out and "|" not in out
     assert not (copied / "results.json").exists() and not (tmp_path / "t.csv").exists()

@@ -50,9 +50,10 @@ def test_the_legend_explains_what_stands_in_the_tables_and_nothing_else(trained,
     assert "results.json" in last and "predictions.csv" in last
     made = learnable(n=24)
     made["test"]["id"] = [f"v{min(i, 20)}_{i}" for i in range(24)]
-    out = printed(capsys, trained / "runs", "--rates", "0", "1", "--data-dir", written(trained / "videos", made))
+    out = printed(capsys, trained / "runs", "--rates", "0", "0.25", "1", "--data-dir",
+                  written(trained / "videos", made))
     assert "1000 draws of videos and seeds" in out and "as independent" not in out
-    assert "area is" in out and "At 1.0" in out
+    assert "area is" in out and "At 1.0" in out and " 0.25 |" in out
 
 
 def made_up(task, truth, answers_of, seed, units=None, index=None):
