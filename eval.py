@@ -735,8 +735,8 @@ def legend(table: dict, rows: list[Row], args) -> list[str]:
         "MAE is in units of the label, less is better.": "MAE" in named,
         "Avg. is the mean of the sets before it that the data can answer; ± is the deviation over the seeds.": True,
         "constant always answers the class that is commoner in training, for a regression the median.": True,
-        "linear is a ridge regression for each set of streams, on pooled frames of complete clips; of a set it reads "
-        "the streams that are best on validation.": "linear" in kinds,
+        "linear is a ridge regression for each set, on pooled frames of complete clips; it reads those of the\n"
+        "set's streams that are best on validation.": "linear" in kinds,
         "Differences are seed by seed. *: the 95 % interval leaves out 0, by "
         f"{DRAWS} draws of {drawn} and seeds.": starred,
         "The interval takes clips as independent, which those of one video are not.": starred and drawn == "clips",
