@@ -24,10 +24,11 @@ def softplus(z):
 
 def information(critic, a, b):
     """(8) by a loop."""
+    first, second, last = (layer for layer in critic if isinstance(layer, torch.nn.Linear))
     n, total = len(a), 0.0
     for i in range(n):
         for j in range(n):
-            score = critic(torch.cat((a[i], b[j]))).item()
+            score = last(second(first(torch.cat((a[i], b[j]))).relu()).relu()).item()
             total += -softplus(-score) / n if i == j else -softplus(score) / (n * (n - 1))
     return total
 
@@ -100,13 +101,13 @@ def test_a_row_of_zeros_gets_a_gradient_of_plain_size(loss):
 def test_the_total_is_equation_10_written_out(task, classes, decisions):
     """With KL as well, which the ablation has in the place of RCD."""
     weights = {"scd": .3, "cpd": .4, "rcd": .6, "kl": .7}
-    model, (complete, real) = model_of(task, classes, dropout=0.0, **weights).double(), clips()
+    model, (complete, real) = model_of(task, classes, dropout=0.0, margin=0.9, **weights).double(), clips()
     missing, target = half_of(complete), target_of(task, classes)
     h, f = model.student(missing, real)
     h_t, f_t = model.teacher(complete, real)
     y = target.reshape(5, decisions)
     r, r_t = (x.detach().view(5, decisions, classes).softmax(-1) for x in (f, f_t))
-    expected = {"task": 0.0, "scd": corrkd.sample_contrastive(h, h_t, 1.2).item(), "cpd": 0.0,
+    expected = {"task": 0.0, "scd": corrkd.sample_contrastive(h, h_t, 0.9).item(), "cpd": 0.0,
                 "rcd": 0.0, "kl": 0.0}
     for g in range(decisions):
         rcd = corrkd.response_consistency(model.critics, r[:, g], r_t[:, g], y[:, g])
@@ -221,6 +222,12 @@ def test_the_stages_their_frozen_teacher_and_the_network_that_answers(ablation, 
         assert (model.teacher_outputs(x, real) is not None) is (stage in frozen)
 
 
+@pytest.mark.parametrize("loss", ["scd", "cpd", "rcd", "kl"])
+def test_each_loss_alone_asks_for_a_teacher(loss):
+    config = corrkd.Config(**{"scd": 0.0, "cpd": 0.0, "rcd": 0.0, loss: 0.5})
+    assert corrkd.CorrKD(test_methods.DIMS, "polarity", config).stages == BOTH
+
+
 def test_without_rcd_its_critics_are_not_trained():
     assert not any(p.requires_grad for p in model_of(rcd=0.0).critics.parameters())
 
@@ -246,6 +253,9 @@ def test_one_clip_has_no_pair():
 
 def test_what_is_listed_for_the_paper_is_the_default():
     listed = {"mosi": (4e-3, 64, 50, 10, 1.2), "mosei": (2e-3, 32, 20, 8, 1.0), "iemocap": (4e-3, 64, 30, 10, 1.4)}
+    assert corrkd.TASKS == {"mosi": "polarity", "mosei": "polarity", "iemocap": "emotions"}
+    assert corrkd.FEATURES == {"text": 300, "audio": 74, "vision": 35}
+    assert [corrkd.ABLATIONS[f"layers_{n}"] for n in (3, 4)] == [{"layers": 3}, {"layers": 4}]
     for name, c in corrkd.PAPER.items():
-        assert (c.scd, c.cpd, c.rcd, c.kl, c.clip) == (1, 1, 1, 0, 1)
+        assert (c.width, c.scd, c.cpd, c.rcd, c.kl, c.clip) == (40, 1, 1, 1, 0, 1)
         assert (c.lr, c.batch_size, c.epochs, c.heads, c.margin) == listed[name]

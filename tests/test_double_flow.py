@@ -129,6 +129,8 @@ def test_what_does_not_fit_of_a_published_checkpoint_is_named_and_nothing_loaded
     wrong["fc_out_v.weight"] = torch.zeros(2, 128)
     with pytest.raises(ValueError, match=r"fc_att.bias is missing; fc_out_v.weight has shape \(2, 128\), not \(1,"):
         model.load_official(wrong)
+    with pytest.raises(ValueError, match=" and 5 more"):
+        model.load_official({name: weight for name, weight in wrong.items() if not name.startswith("frame_dim_reshape")})
     assert torch.equal(model.project["text"].weight, state["frame_dim_reshape_1.weight"])
 
 
@@ -215,7 +217,7 @@ def simulated_by_hand(model, x, real):
 @pytest.mark.parametrize("dims", [DIMS, CARRIED])
 def test_the_losses_are_equation_14_over_two_separate_flows(task, classes, dims):
     weights = {"w1": .3, "w2": .4, "w3": .5, "w4": .6, "w5": .7, "w6": .8}
-    model, (x, real) = model_of(task, classes, dims, **weights).double().eval(), clips(dims=dims)
+    model, (x, real) = model_of(task, classes, dims, temperature=1.5, **weights).double().eval(), clips(dims=dims)
     y = target_of(task, classes)
     simulated, simulated_real = simulated_by_hand(model, x, real)
     with torch.no_grad():
@@ -231,7 +233,7 @@ def test_the_losses_are_equation_14_over_two_separate_flows(task, classes, dims)
     for name in ("q_text", "c_text", "h"):
         expected[name] = math.sqrt(float(((other[name] - full[name]) ** 2).mean()))
     vectors = y if task == "regression" else torch.eye(classes)[y].flatten(1)
-    expected["rnc"] = by_loop(torch.cat((full["g"], other["g"])), torch.cat((vectors, vectors)).double()).item()
+    expected["rnc"] = by_loop(torch.cat((full["g"], other["g"])), torch.cat((vectors, vectors)).double(), 1.5).item()
     expected["total"] = sum(w * v for w, v in zip(weights.values(), expected.values()))
     assert numbers(model.losses(x, None, y, real)) == pytest.approx(expected, rel=1e-8)
 
@@ -262,9 +264,11 @@ def test_each_clip_takes_the_flow_that_its_text_asks_for(dims):
 
 def test_carried_simulated_text_goes_with_its_audio():
     model, (x, real) = model_of(dims=CARRIED).double().eval(), clips(dims=CARRIED)
-    silent = {**x, "text": x["text"] * 0, "audio": x["audio"] * 0}
+    """Of each clip; here the last two have none."""
+    heard = torch.tensor([True, True, True, False, False])
+    silent = {**x, "text": x["text"] * 0, "audio": x["audio"] * heard[:, None, None]}
     other = {**silent, "simulated_text": torch.randn_like(x["simulated_text"])}
-    assert torch.equal(model(**silent, real=real), model(**other, real=real))
+    assert torch.eq(model(**silent, real=real), model(**other, real=real)).flatten().tolist() == (~heard).tolist()
 
 
 def test_a_stream_without_a_real_frame_gives_zeros():
@@ -286,7 +290,15 @@ def test_the_schedule_and_the_listed_settings():
     """Epochs 0-4: 1/5 ... 5/5; then 1 up to epoch 13, .9 from 14, .81 from 24."""
     factors = [double_flow.learning_rate_factor(e) for e in (0, 1, 4, 5, 13, 14, 23, 24, 34)]
     assert factors == pytest.approx([.2, .4, 1, 1, 1, .9, .9, .81, .729])
+    assert double_flow.TASKS == {"mosi": "regression", "mosei": "regression", "iemocap": "emotions"}
+    assert double_flow.FEATURES["text"] == 4096         # Vicuna's
+    torch.manual_seed(0)
+    model = DoubleFlow({"text": 300, "audio": 74, "vision": 35}, "regression")
+    assert {layer.p for layer in model.modules() if isinstance(layer, torch.nn.Dropout)} == {.3}
+    contexts = torch.cat([pooling.context.detach() for pooling in model.pooling.values()])
+    assert contexts.std().item() == pytest.approx((2 / 257) ** .5, rel=.1)      # Glorot's
     for name, c in double_flow.PAPER.items():
+        assert (c.mia, c.temperature) == ("x_t", 2)
         assert [c.w1, c.w2, c.w3, c.w4, c.w5, c.w6] == [.5, .5, .1, .7, .13, .5]
         assert (c.lr, c.weight_decay, c.batch_size, c.clip) == (1e-4, 1e-5, 96, 0)
         assert c.epochs == (25 if name == "mosei" else 100)

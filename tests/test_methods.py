@@ -217,10 +217,17 @@ def test_an_answer_depends_on_neither_padding_nor_the_batch(case):
 @ours
 def test_forward_is_both_parts_takes_masks_of_numbers_and_none_and_sees_a_missing_frame(case):
     """Zeros inside a clip count as positions; were they padding, the clip would look shorter."""
-    model, x, real, _ = case
+    model, x, real, target = case
     expected = model.classify(model.represent(x, real))
     for dtype in (torch.uint8, torch.float32):
-        assert torch.equal(model(**x, real={m: r.to(dtype) for m, r in real.items()}), expected)
+        mask = {m: r.to(dtype) for m, r in real.items()}
+        assert torch.equal(model(**x, real=mask), expected)
+        model.first_batch = True        # when masks are compared with the clips
+        with warnings.catch_warnings(action="error"):
+            model.losses(x, half_of(x), target, mask)
+    model.first_batch = True
+    with pytest.warns(UserWarning, match="real leaves out frames"):     # of one stream
+        model.losses(x, half_of(x), target, {**real, "vision": real["vision"].flip(1)})
     whole = {m: torch.ones_like(r) for m, r in real.items()}
     assert torch.equal(model(**x), model(**x, real=whole))
     last = torch.tensor([x["text"].shape[1] - 1])
@@ -292,8 +299,9 @@ def test_a_target_or_a_mask_of_another_shape_and_other_streams_are_refused(case)
         for mistake in (lambda: model.represent(x, mask), lambda: model.losses(x, x, target, mask)):
             with pytest.raises(ValueError, match=re.escape(message)):
                 mistake()
-    two = {m: x[m] for m in ("text", "audio")}
-    for mistake in (lambda: type(model)({"text": 12, "audio": 7}, model.task), lambda: model.represent(two, real)):
+    two, four = {m: x[m] for m in ("text", "audio")}, {**x, "video": x["vision"]}
+    for mistake in (lambda: type(model)({"text": 12, "audio": 7}, model.task), lambda: model.represent(two, real),
+                    lambda: model.represent(four, real)):
         with pytest.raises(ValueError, match="dict of text, audio, vision: give zeros of width 1"):
             mistake()
 
@@ -313,12 +321,12 @@ MISFITS = [
     (lambda: corrkd.jsd_mutual_information(CRITICS[0], Z(6, 1), Z(1, 1)), "(1, 1), not (6, 1)"),
 ]
 MISTAKES = [
-    (lambda: model_of("corrkd", "regression"), "not 'regression'"),
-    (lambda: model_of("umdf", "sentiment"), "not 'sentiment'"),
-    (lambda: model_of("double_flow", "sentiment"), "not 'sentiment'"),
+    (lambda: model_of("corrkd", "regression"), "must be one of polarity, emotions, not 'regression'"),
+    (lambda: model_of("umdf", "sentiment"), "must be one of regression, polarity, emotions, not 'sentiment'"),
+    (lambda: model_of("double_flow", "sentiment"), "must be one of regression, polarity, emotions, not 'sentiment'"),
     (lambda: model_of("double_flow", mia="x"), "x_t, z or off"),
-    (lambda: model_of("corrkd", heads=7), "no multiple of"),
-    (lambda: model_of("umdf", heads=7), "no multiple of"),
+    (lambda: model_of("corrkd", heads=7), "width 40 is not even or no multiple of heads (7)"),
+    (lambda: model_of("umdf", heads=7), "width 40 is not even or no multiple of heads (7)"),
     (lambda: model_of("corrkd", width=35, heads=5), "not even"),
     (lambda: model_of("umdf", width=35, heads=5), "not even"),
 ]
@@ -340,21 +348,22 @@ USES = [("corrkd", "logits", torch.arange(8) % 2), ("umdf", "sentiment", torch.r
 
 @pytest.mark.parametrize("name, answer, target", USES)
 def test_copied_alone_it_trains_by_its_docstring(tmp_path, monkeypatch, name, answer, target):
-    """The file in an empty folder, with three epochs and no clipping, and the lines of its docstring as they stand,
-    without random numbers that differ by the place of a frame: clips padded behind and in front end with
-    equal answers; each epoch trains, with dropout on; the best epoch is kept; masks for the other end warn once."""
+    """The file in an empty folder, with three epochs, and the lines of its docstring as they stand, with a recorder in
+    clipping's place and without random numbers that differ by the place of a frame: clips padded behind and in front,
+    as its opening says how, end with equal answers; each epoch trains, with dropout on and at its learning rate; the
+    first of the best epochs is kept; masks for the other end warn once."""
     source = (ROOT / f"{name}.py").read_text()
     assert {*re.findall(r"^ *(?:import|from) (\w+)", source, re.M)} - sys.stdlib_module_names == {"torch"}
-    source = re.sub(r"epochs: int = \d+", "epochs: int = 3", source)
-    (tmp_path / f"{name}.py").write_text(source.replace("clip: float = 1.0", "clip: float = 0.0"))
+    (tmp_path / f"{name}.py").write_text(re.sub(r"epochs: int = \d+", "epochs: int = 3", source))
     names = runpy.run_path(str(tmp_path / f"{name}.py"))
     lines = re.search(r"Use in another code base.*?\n\n(    .*?\n)\n(?=\S)", names["__doc__"], re.S)[1]
-    states, trained_in, answers = [], set(), []
+    states, trained_in, answers, clipped = [], set(), [], []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: clipped.append(norm))
 
     def validate(model, sets):
         assert len(caught) == warns             # at the first batch, not at the first answer
         states.append({k: v.clone() for k, v in model.state_dict().items()})
-        return [0.0, 1.0, 0.5][(len(states) - 1) % 3]
+        return [0.0, 1.0, 1.0][(len(states) - 1) % 3]
 
     def no_dropout(dropout, x):
         trained_in.update({len(states)} if dropout.training else ())
@@ -363,9 +372,10 @@ def test_copied_alone_it_trains_by_its_docstring(tmp_path, monkeypatch, name, an
         monkeypatch.setattr(kind, "forward", no_dropout)
     monkeypatch.setattr(torch, "rand_like", torch.ones_like)
     streams = {m: torch.randn(8, 6, d) for m, d in {"text": 300, "audio": 74, "vision": 35}.items()}
-    behind = torch.arange(6) < torch.tensor([[1], [2], [3], [4], [5], [6], [6], [6]])
+    said, T, lengths = re.findall(r"torch\.arange\(T\)[^,.]*?lengths\[:, None\]", names["__doc__"]), 6, torch.arange(1, 9)
+    behind, front = (eval(mask, {"torch": torch, "T": T, "lengths": lengths.clamp(max=6)}) for mask in said)
     wrong = lines.replace("n.cumsum(1) * n.flip(1).cumsum(1).flip(1) > 0", "torch.arange(6) < n.sum(1)[:, None]")
-    for place, code, warns in ((behind, lines, 0), (behind.flip(1), lines, 0), (behind.flip(1), wrong, 1)):
+    for place, code, warns in ((behind, lines, 0), (front, lines, 0), (front, wrong, 1)):
         x = {m: torch.zeros_like(v).masked_scatter(place[..., None], v[behind]) for m, v in streams.items()}
         torch.manual_seed(0)
         names |= {**x, "validate": validate, "batches": [(x, target)] * 2}
@@ -375,6 +385,11 @@ def test_copied_alone_it_trains_by_its_docstring(tmp_path, monkeypatch, name, an
         assert [str(w.message)[:22] for w in caught] == ["real leaves out frames"] * warns
         assert equal(names["model"].state_dict(), states[-2]) and not equal(states[-3], states[-1])
         answers.append(names[answer])
+    c, factor, optimizer = names["c"], names["learning_rate_factor"] or (lambda epoch: 1), names["optimizer"]
+    assert clipped == [c.clip] * len(clipped) and len(clipped) == (2 * len(states) if c.clip else 0)
+    assert optimizer.defaults["weight_decay"] == c.weight_decay
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(c.lr * factor(2))
+    assert front.flip(1).equal(behind) and not front[0, :5].any()
     assert trained_in == set(range(len(states))) and answers[0].shape == (8, 2 if name == "corrkd" else 1)
     torch.testing.assert_close(*answers[:2], rtol=0, atol=1e-4)
 
@@ -394,6 +409,10 @@ def test_the_copies_that_an_opening_draws(name):
     assert set(kept.unique().tolist()) == {0.0, 1.0} and sets.any(1).all()
     assert len(sets) == 7 and (count / 8000 - 1 / 7).abs().max() < .02
     assert abs(share.mean() - .555) < .03 and (torch.corrcoef(share) - torch.eye(3)).abs().max() < .15
+    if without_vision := re.search(r"without vision .*randint_like\(\.\.\., (1, \d)\)", METHODS[name].__doc__):
+        exec(textwrap.dedent(lines.replace("1, 8)", f"{without_vision[1]})")), names)
+        kept = torch.stack([names["missing"][m].any(-1).any(-1) for m in STREAMS])
+        assert len(kept.T.unique(dim=0)) == 3 and not kept[2].any()
 
 
 def test_similarities_under_autocast_and_a_half_precision_critics_scores_are_full_precision():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import corrkd
 import test_methods
 import umdf
 from test_methods import ALIGNED, STREAMS, UNALIGNED, clips, half_of, numbers, target_of
@@ -171,9 +172,17 @@ def test_parameter_counts_are_pinned(task, classes, outputs):
 
 def test_what_is_listed_is_the_default():
     listed = {"mosi": (1e-3, 128, 50, 10), "mosei": (2e-3, 16, 20, 8), "iemocap": (4e-3, 32, 30, 10)}
+    assert umdf.TASKS == {"mosi": "regression", "mosei": "regression", "iemocap": "emotions"}
     for name, c in umdf.PAPER.items():
-        assert (c.rep, c.resp, c.clip) == (1, 1, 1)
+        assert (c.width, c.rep, c.resp, c.clip, c.weight_decay) == (40, 1, 1, 1, 0)
+        assert c.dropout == corrkd.PAPER[name].dropout      # or the methods would not compare
         assert (c.lr, c.batch_size, c.epochs, c.heads) == listed[name]
+
+
+def test_missing_copies_have_all_three_streams():
+    x, real = clips(3, ALIGNED)
+    with pytest.raises(ValueError, match="missing must be a dict of text, audio, vision"):
+        model_of().double().losses(x, {"text": x["text"]}, target_of("regression", n=3), real)
 
 
 def test_unaligned_streams_ask_for_their_config():
