@@ -372,8 +372,8 @@ def test_copied_alone_it_trains_by_its_docstring(tmp_path, monkeypatch, name, an
         monkeypatch.setattr(kind, "forward", no_dropout)
     monkeypatch.setattr(torch, "rand_like", torch.ones_like)
     streams = {m: torch.randn(8, 6, d) for m, d in {"text": 300, "audio": 74, "vision": 35}.items()}
-    said, T, lengths = re.findall(r"torch\.arange\(T\)[^,.]*?lengths\[:, None\]", names["__doc__"]), 6, torch.arange(1, 9)
-    behind, front = (eval(mask, {"torch": torch, "T": T, "lengths": lengths.clamp(max=6)}) for mask in said)
+    said, sizes = re.findall(r"torch\.arange\(T\)[^,.]*?lengths\[:, None\]", names["__doc__"]), torch.arange(1, 9)
+    behind, front = (eval(mask, {"torch": torch, "T": 6, "lengths": sizes.clamp(max=6)}) for mask in said)
     wrong = lines.replace("n.cumsum(1) * n.flip(1).cumsum(1).flip(1) > 0", "torch.arange(6) < n.sum(1)[:, None]")
     for place, code, warns in ((behind, lines, 0), (front, lines, 0), (front, wrong, 1)):
         x = {m: torch.zeros_like(v).masked_scatter(place[..., None], v[behind]) for m, v in streams.items()}

@@ -4,7 +4,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,7 +17,8 @@ import data
 import double_flow
 import eval as evaluation
 import train
-from helpers import ROOT, equal, feature_folders, history, learnable, parameters, run, run_main, written
+import umdf
+from helpers import ROOT, WIDTHS, equal, feature_folders, history, learnable, parameters, run, run_main, written
 
 
 QUICK = ("--epochs", "1", "--seeds", "1", "--device", "cpu")
@@ -82,12 +86,16 @@ def test_a_run_that_is_stopped_after_each_epoch_ends_as_if_never_stopped(tmp_pat
         for stop in range(1, stops + 1):
             assert run(tmp_path, epochs="3", method=method) == 130
             said = capsys.readouterr()
+            if stop > 1:
+                line = lines[stop - 2]
+                assert f"continuing after {line['stage']} epoch {line['epoch']}\n" in said.out
             assert said.err.strip().endswith("goes on after the last finished epoch") and said.err.count("\n") <= 2
             assert len(history(tmp_path, where)) == stop and "this run began on" not in said.out
     path = tmp_path / "runs" / where / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "device": "64 threads"}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "versions": {"torch": "1.0"}}))
     assert run(tmp_path, epochs="3", method=method) == 0
-    assert "note: this run began on 64 threads" in capsys.readouterr().out
+    assert re.search(r"note: this run began on .* threads, torch 1\.0, and goes on on .* threads, torch",
+                     capsys.readouterr().out)
     assert not torch.are_deterministic_algorithms_enabled() and history(tmp_path, where) == lines
     for name in ("model.pt", "last.pt"):
         ours, whole = (torch.load(tmp_path / top / where / name, weights_only=True) for top in ("runs", "whole"))
@@ -122,6 +130,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_that_does_not_fit_i
     error = capsys.readouterr().err
     assert "last.pt" in error and "No space left on device" in error and len(error.splitlines()) == 1
     good = saved(tmp_path)
+    assert path.with_name("model.pt").exists()      # the best weights are written first
     assert len(good["history"]) == 2 and not list((tmp_path / "runs").rglob("*.tmp"))
     train.save(path, {**good, "model": {}})
     before = path.read_bytes()
@@ -142,9 +151,38 @@ def test_starting_over_replaces_a_run_once_its_first_epoch_is_there(tmp_path, mo
         patch.setattr(train, "train_epoch", lambda *arguments: signal.raise_signal(signal.SIGINT))
         assert run(tmp_path, "--no-resume", epochs="1") == 130
     assert all(path.read_bytes() == content for path, content in before.items())
+    calls, epoch = [], train.train_epoch
+
+    def stopping(*arguments):
+        calls.append(arguments)
+        return signal.raise_signal(signal.SIGINT) if len(calls) == 2 else epoch(*arguments)
+    with monkeypatch.context() as patch:        # and once it is there, no old weights are
+        patch.setattr(train, "train_epoch", stopping)
+        assert run(tmp_path, "--no-resume", epochs="1") == 130
+    assert {path.name for path in (tmp_path / "runs/mosi/corrkd/s1").iterdir()} == {
+        "config.json", "last.pt", "log.jsonl"}
+    for path in stale:
+        path.write_text("of the earlier run")
     assert run(tmp_path, "--no-resume", epochs="1") == 0
     assert [line["stage"] for line in history(tmp_path)] == ["teacher", "student"]
     assert not any(path.exists() for path in stale)
+
+
+def test_what_a_run_was_made_by_is_written_down(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--ablate", "", "a b"])
+    machine = train.machine(torch.device("cpu"))
+    assert machine["command"] == "python train.py --ablate '' 'a b'"
+    assert machine["device"].endswith(f", {torch.get_num_threads()} threads")
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    assert train.commit() == "unknown"
+    if shutil.which("git"):
+        (tmp_path / "train.py").touch()
+        git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+        for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+            subprocess.run([*git, *command], cwd=tmp_path, check=True)
+        clean = train.commit()
+        (tmp_path / "train.py").write_text("changed")
+        assert re.fullmatch("[0-9a-f]{7,}", clean) and train.commit() == f"{clean}-dirty"
 
 
 # ------------------------------------------------------------------------------------- how it trains and chooses
@@ -266,6 +304,31 @@ def test_each_step_trains_on_what_belongs_to_its_clips_and_each_clip_counts_once
     assert max(norms[:12]) <= .01 + 1e-6 and min(norms[12:15]) > .05
 
 
+def test_an_epoch_is_the_plain_loop(tmp_path):
+    """Of UMDF, with weights other than 1, on the batches and copies that the generator draws."""
+    split = data.load("mosi", written(tmp_path, learnable()))["train"]
+    index, truth = evaluation.targets(split["label"], "regression")
+    config = umdf.Config(rep=.3, resp=.4, batch_size=16, clip=.5)
+    models = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model, generator = umdf.UMDF(WIDTHS, "regression", config), torch.Generator().manual_seed(1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        if ours:
+            train.train_epoch(model, optimizer, split, index, truth, None, config, generator, "")
+        for rows in data.batches(split["real"], 16, generator) if not ours else ():
+            complete, missing, real = data.batch(split, rows, generator)
+            assert any((missing[m] != complete[m]).any() for m in complete)
+            terms = model.losses(complete, missing, split["label"][rows], real)
+            optimizer.zero_grad()
+            (terms["task_complete"] + terms["task_missing"] + .3 * terms["rep"] + .4 * terms["resp"]).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), .5)
+            optimizer.step()
+        models.append(model.state_dict())
+    for name, value in models[0].items():
+        torch.testing.assert_close(value, models[1][name], rtol=0, atol=1e-6)
+
+
 def test_every_epoch_has_masks_of_its_own_and_ablations_share_those_and_the_start_of_their_last_stage(
         tmp_path, monkeypatch):
     """Of those with the same layers; there the student begins as the same one."""
@@ -327,12 +390,16 @@ def test_all_nine_pairs_of_method_and_data_set_take_their_own_settings(tmp_path,
 
 
 def test_a_validation_split_of_one_class_and_a_stream_that_one_split_lacks(tmp_path, capsys):
-    made = learnable(lengths=(8, 12, 10))
+    """Of unaligned made-up data without a test split, which training does not read."""
+    made = {**learnable(lengths=(8, 12, 10)), "SYNTHETIC": "made up"}
+    del made["test"]
     made["valid"]["labels"] = abs(made["valid"]["labels"])
     made["valid"]["vision"][:] = 0
     written(tmp_path / "data", made)
     assert run(tmp_path, epochs="1") == 0
-    assert set(history(tmp_path)[-1]["valid"]) == {"l", "a", "la"}      # {l,a,v} is {l,a}, which counts once
+    where = "mosi-synthetic/corrkd/s1"
+    assert set(history(tmp_path, where)[-1]["valid"]) == {"l", "a", "la"}       # {l,a,v} is {l,a}, which counts once
+    assert saved(tmp_path, where=where)["run"]["config"]["aligned"] is False
     assert "one class alone in valid" in (said := capsys.readouterr().out) and "accuracy chooses" in said
 
 
@@ -344,6 +411,8 @@ def test_settings_are_a_run_each_beside_the_full_method(tmp_path, capsys):
     folders = [str(tmp_path / "runs/mosi" / name) for name in names]
     assert f"python eval.py {shlex.join(folders)}" in capsys.readouterr().out
     config, *changed = (saved(tmp_path, "model.pt", f"mosi/{name}/s1")["run"]["config"] for name in names)
+    assert run(tmp_path, "--ablate", "margin=1.0", epochs="1") == 0
+    assert f"python eval.py {shlex.join(folders[:2])}\n" in capsys.readouterr().out
     assert changed == [{**config, "margin": 1.0}, {**config, "layers": 1, "dropout": .2, "scd_raw": True, "epochs": 2}]
 
 
@@ -412,6 +481,7 @@ MISTAKES = [
     (f"{FEATURES} --official x", "--official is for"),
     ("--synthetic --ablate all no_sdc", "no_sdc: corrkd has the ablations no_scd"),
     ("--synthetic --ablate margin=wide", "margin is of type float"),
+    ("--synthetic --ablate margin=-1.0", "margin is of type float"),
     ("--synthetic --ablate layers=0", "layers is of type int"),
     ("--synthetic --ablate scd_raw=1", "scd_raw is of type bool"),
     ("--synthetic --ablate aligned=False", "settings NAME=VALUE"),
