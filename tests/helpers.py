@@ -59,7 +59,7 @@ def feature_folders(root, sizes=(12, 6, 6), longest=9, seed=0):
     for name, size in zip(("train_corpus", "val_corpus", "test_corpus"), sizes):
         facts = {}
         for _ in range(size):
-            clip, k = f"video{k}_{k % 3}", k + 1
+            clip, k = f"video.{k}_{k % 3}", k + 1
             facts[clip] = {"emo": k % 2, "val": np.float64(rng.uniform(-3, 3)) if k % 2 else float(rng.uniform(-3, 3))}
             for m, d in FOLDERS.items():
                 frames = 1 if m == "text" else int(rng.integers(1, longest + 1))

@@ -1,11 +1,13 @@
 """data.py: formats, safety, standardising, masks, batches, the stand-in, feature folders, what is printed."""
 import collections
 import copyreg
+import hashlib
 import io
 import itertools
 import os
 import pickle
 import re
+import subprocess
 import sys
 import warnings
 import zlib
@@ -163,7 +165,7 @@ def test_a_limit_takes_the_first_clips_of_each_split(tmp_path):
 @pytest.mark.parametrize("dataset, form", [
     *(("mosi", form) for form in (np.float64, np.ravel, lambda y: y[:, 0], lambda y: y.ravel().tolist())),
     ("mosei", lambda y: np.concatenate((y, np.ones((5, 1, 6))), -1)),           # the sentiment, then six emotions
-    *(("iemocap", form) for form in (np.int64, lambda y: y.argmax(-1), lambda y: y.argmax(-1).tolist()))])
+    *(("iemocap", form) for form in (np.int64, np.bool_, lambda y: y.argmax(-1), lambda y: y.argmax(-1).tolist()))])
 def test_labels_in_all_their_forms(tmp_path, dataset, form):
     more = {"emotions": dataset == "iemocap"}
     y = content(**more)["valid"]["labels"]
@@ -172,7 +174,7 @@ def test_labels_in_all_their_forms(tmp_path, dataset, form):
 
 
 @pytest.mark.parametrize("ids, first", [
-    ([["a", "0", "1"]] * 5, "a/0/1"), (np.array([[b"a", b"", b""]] * 5), "a"), (["x"] * 5, "x"), ([b"x"] * 5, "x"),
+    ([["a", "0", "1"]] * 5, "a/0/1"), (np.array([[b"a", b"", b""]] * 5), "a"), (["x"] * 5, "x"), ([b"caf\xe9"] * 5, "caf\ufffd"),
     (np.array([["a", 1.5, 2]] * 5, dtype=object), "a/1.5/2"), ([np.array(["a", "b"])] * 5, "a/b"), (np.arange(5), "0")])
 def test_ids_in_all_their_forms(tmp_path, ids, first):
     assert load(tmp_path, every(id=ids))["train"]["id"][0] == first
@@ -358,7 +360,8 @@ def test_a_hostile_pickle_executes_nothing_and_is_refused(tmp_path, monkeypatch,
 
 # ------------------------------------------------------------------------------------- standardising, masks, batches
 
-def test_standardising_is_what_the_docstring_says(tmp_path):
+def test_standardising_is_what_the_docstring_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 2)       # of the 5 training clips
     made = content()
     made["train"]["text"][..., 2] *= 1e4
     made["train"]["vision"][4, 3] = 0           # a face not found inside the clip
@@ -549,7 +552,11 @@ def test_check_says_what_a_file_is_and_what_the_programs_will_miss(tmp_path, cap
     getattr(os, "mkfifo", os.mkdir)(tmp_path / "waits")         # a FIFO, which would be waited for; Windows has none
     whole = written(tmp_path / "whole", made) / "mosi_data.pkl"
     part = written(tmp_path / "part", {"test": made["test"]}) / "mosi_data.pkl"
+    trains = written(tmp_path / "trains", {s: made[s] for s in ("train", "valid")}) / "mosi_data.pkl"
+    del made["valid"]["labels"]         # which are needed beside train alone
+    judged = written(tmp_path / "judged", {"valid": made["valid"]}) / "mosi_data.pkl"
     for path, code, parts in (
+            (trains, 0, ("train: 5 clips", "test has no clips")), (judged, 0, ("valid: 5 clips, no labels", "no train:")),
             (whole, 0, ("labels as of mosi", "SHA-256 " + data.sha256(whole)[:16], "train: 5 clips, labels from",
                         "(5, 12, 4), 5.0 real frames a clip", "test has 5 clips, the paper's 686")),
             (part, 0, ("test: 5 clips, no labels", "no train and no valid: train.py refuses this file, eval.py")),
@@ -557,6 +564,7 @@ def test_check_says_what_a_file_is_and_what_the_programs_will_miss(tmp_path, cap
         assert data.main(["check", str(path)]) == code
         said = "".join(capsys.readouterr())
         assert all(part in said for part in parts), said
+        assert path != trains or "refuses" not in said
 
 
 def h5(folder, name, array):
@@ -613,15 +621,42 @@ def test_mfns_real_labels_are_those_of_the_standard_splits():
         assert y.shape == (n,) and y.dtype == np.float64 and abs(y).max() <= 3
 
 
+def test_a_file_is_known_by_all_of_its_bytes(tmp_path):
+    (tmp_path / "x").write_bytes(bytes(2 ** 21) + b"x")
+    assert data.sha256(tmp_path / "x") == hashlib.sha256(bytes(2 ** 21) + b"x").hexdigest()
+
+
+def test_a_folder_that_takes_no_file_is_told(tmp_path):
+    with pytest.raises(DataError, match="Nothing can be written into .*nowhere"):
+        data.check_writable(tmp_path / "nowhere")
+    data.check_writable(tmp_path)
+
+
+def test_a_path_that_the_terminal_cannot_show_is_told_all_the_same(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "data.py", "check", "caf\xe9.pkl"], cwd=tmp_path, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.returncode == 2 and done.stderr == "error: caf\\xe9.pkl does not exist.\n"
+
+
 def test_a_file_is_written_whole_or_not_at_all_and_a_link_is_replaced(tmp_path, monkeypatch):
+    """Two programs may write into one folder at once."""
     (tmp_path / "victim").write_bytes(b"mine")
     (tmp_path / "a").symlink_to(tmp_path / "victim")
     data.write(tmp_path / "a", b"new")
     assert (tmp_path / "victim").read_bytes() == b"mine" and (tmp_path / "a").read_bytes() == b"new"
+    replace = os.replace
+
+    def another_first(source, target):
+        monkeypatch.setattr(os, "replace", replace)
+        data.write(tmp_path / "b", b"other")
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", another_first)
+    data.write(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new" and (tmp_path / "b").read_bytes() == b"other"
     monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(DataError, match="a cannot be written: No space left"):
         data.write(tmp_path / "a", b"newer")
-    assert (tmp_path / "a").read_bytes() == b"new" and sorted(os.listdir(tmp_path)) == ["a", "victim"]
+    assert (tmp_path / "a").read_bytes() == b"new" and sorted(os.listdir(tmp_path)) == ["a", "b", "victim"]
 
 
 # ------------------------------------------------------------------------------------- feature folders
@@ -636,8 +671,10 @@ def labelled(where, clip, value=1.0):
 
 
 def test_feature_folders_are_read_clip_by_clip_in_natural_order_without_over_long_training_clips(tmp_path, monkeypatch):
-    """The frames of a clip lie in 0.npy ... 19.npy."""
+    """The frames of a clip lie in 0.npy ... 19.npy, beside a file that is hidden."""
     where, truth, corpus = feature_folders(tmp_path, longest=20)
+    for clip in Path(where["features"]["vision"]).iterdir():
+        (clip / "._0.npy").write_bytes(b"of macOS")
     for clip, n in zip(corpus["train_corpus"], (15, 16)):
         truth["audio"][clip] = np.ones((n, 5), np.float32)
         np.save(Path(where["features"]["audio"]) / f"{clip}.npy", truth["audio"][clip])
@@ -690,6 +727,7 @@ WRONG = {       # what is said, and what is done to the folders; path is one fil
     "lacks vision": lambda where, path: where["features"].pop("vision"),
     "with --labels FILE": lambda where, path: where.update(labels=None),
     r"leaves the range \[-3, 3\]": lambda where, path: labelled(where, "a", 3.01),
+    "allow_pickle": lambda where, path: path.write_bytes(pickle.dumps(Call(os.system, ("touch GOTCHA",)))),
     "asks for .*system": lambda where, path: labelled(where, "a", Call(os.system, ("touch GOTCHA",))),
 }
 

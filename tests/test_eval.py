@@ -31,8 +31,9 @@ NOT_OURS = "not as this train.py writes it"
 
 
 def sized(train=40, valid=30, test=20, **changes):
-    """A learnable pickle of so many clips a split."""
+    """A learnable pickle of so many clips a split, of which one in test has a name beyond ASCII."""
     made, sizes = learnable(n=max(train, valid, test), **changes), (train, valid, test)
+    made["test"]["id"][5, 0] = "caf\xe9".encode()
     return {split: {key: value[:n] for key, value in made[split].items()} for split, n in zip(SPLITS, sizes)}
 
 
@@ -67,7 +68,7 @@ def results(folder):
 
 
 def read_csv(path):
-    return list(csv.DictReader(path.read_text().splitlines()))
+    return list(csv.DictReader(path.read_text("utf-8").splitlines()))
 
 
 def shown(capsys, *arguments):
@@ -386,11 +387,32 @@ def test_a_reason_to_read_the_numbers_with_care_is_told(copied, tmp_path, capsys
     assert tables["sets"] == {} and results(copied)["conditions"]["l"]["F1"] is None
 
 
+def test_a_note_says_of_which_row_and_seed_it_is(copied, tmp_path, capsys):
+    rerecord(copied, epochs=9)
+    rerecord(copied.parent / "s2", copied, seed=2)
+    shutil.move(copied / "log.jsonl", copied.parent / "s2")         # nothing is known of seed 1
+    rerecord(tmp_path / "no_scd/s1", copied, ablation="no_scd")
+    out, _ = shown(capsys, tmp_path, "--no-rates")
+    assert "note: seed 2 was stopped after 2 of 9 epochs (corrkd)\n" in out and "seed 1" not in out
+
+
+def test_a_full_disk_leaves_the_results_of_before(copied, monkeypatch, capsys):
+    before, replace = (copied / "results.json").read_bytes(), os.replace
+
+    def full(source, target):
+        if Path(target).name == "results.json":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", full)
+    assert "results.json cannot be written: No space left" in refused(capsys, copied, "--no-rates")
+    assert (copied / "results.json").read_bytes() == before
+
+
 def test_a_reader_who_stops_reading_sees_no_traceback(copied):
-    """As with | head."""
-    command = f"{sys.executable} eval.py {copied} --device cpu | head -2"
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert len(done.stdout.splitlines()) == 2 and "Traceback" not in done.stderr and "Exception" not in done.stderr
+    """As with | head. The exit code tells a script so."""
+    command = f"set -o pipefail; {sys.executable} eval.py {copied} --device cpu | head -2"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 141 and len(done.stdout.splitlines()) == 2 and "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 def test_the_figure_has_a_panel_for_each_metric(trained, tmp_path, comparable, monkeypatch, capsys):
@@ -461,6 +483,9 @@ def test_double_flows_own_table_comes_first_and_feature_folders_have_no_linear_r
     for metric, digits in (("MAE", 4), ("F1", 2)):
         assert tables["paper"][f"{metric} double_flow"] == {
             "complete": f"{lav[metric]:.{digits}f}", "text missing": f"{av[metric]:.{digits}f}"}
+    written(tmp_path / "data", learnable(n=12))
+    assert run(tmp_path, method="double_flow", epochs="1") == 0
+    assert "simulated text: learned from audio\n" in shown(capsys, tmp_path / "runs/mosi", "--no-rates")[0]
 
 
 def test_two_tasks_have_two_baselines_and_are_subtracted_from_their_own_alone(copied, tmp_path, trained, capsys):

@@ -467,6 +467,7 @@ FEATURES = "--features text=a --labels x"
 MISTAKES = [
     ("", "No file of mosi in "),
     ("--data-dir empty", "empty: looked for"),
+    ("--data-dir mine.pkl", "mine.pkl does not exist"),
     ("--data-dir bad.pkl", "bad.pkl"),
     ("--synthetic --data-dir data", "--data-dir: not allowed with argument --synthetic"),
     ("--synthetic --device cuda:77", "has no such device"),
