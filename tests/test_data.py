@@ -174,7 +174,8 @@ def test_labels_in_all_their_forms(tmp_path, dataset, form):
 
 
 @pytest.mark.parametrize("ids, first", [
-    ([["a", "0", "1"]] * 5, "a/0/1"), (np.array([[b"a", b"", b""]] * 5), "a"), (["x"] * 5, "x"), ([b"caf\xe9"] * 5, "caf\ufffd"),
+    ([["a", "0", "1"]] * 5, "a/0/1"), (np.array([[b"a", b"", b""]] * 5), "a"), (["x"] * 5, "x"),
+    ([b"caf\xe9"] * 5, "caf\ufffd"),
     (np.array([["a", 1.5, 2]] * 5, dtype=object), "a/1.5/2"), ([np.array(["a", "b"])] * 5, "a/b"), (np.arange(5), "0")])
 def test_ids_in_all_their_forms(tmp_path, ids, first):
     assert load(tmp_path, every(id=ids))["train"]["id"][0] == first
@@ -556,7 +557,8 @@ def test_check_says_what_a_file_is_and_what_the_programs_will_miss(tmp_path, cap
     del made["valid"]["labels"]         # which are needed beside train alone
     judged = written(tmp_path / "judged", {"valid": made["valid"]}) / "mosi_data.pkl"
     for path, code, parts in (
-            (trains, 0, ("train: 5 clips", "test has no clips")), (judged, 0, ("valid: 5 clips, no labels", "no train:")),
+            (trains, 0, ("train: 5 clips", "test has no clips")),
+            (judged, 0, ("valid: 5 clips, no labels", "no train:")),
             (whole, 0, ("labels as of mosi", "SHA-256 " + data.sha256(whole)[:16], "train: 5 clips, labels from",
                         "(5, 12, 4), 5.0 real frames a clip", "test has 5 clips, the paper's 686")),
             (part, 0, ("test: 5 clips, no labels", "no train and no valid: train.py refuses this file, eval.py")),

@@ -223,6 +223,17 @@ def test_the_linear_baseline_is_a_ridge_regression_for_each_set_of_streams(tmp_p
     assert output[1.0][:, -1].tolist() == pytest.approx([y.mean()] * 40)        # nothing is left
 
 
+def test_a_set_that_equals_another_has_no_second_say_in_the_linear_baselines_strength(tmp_path, monkeypatch):
+    """Without vision {l,a,v} is {l,a}."""
+    made, asked, pooled_clips = learnable(n=12), [], evaluation.pooled_clips
+    for split in made.values():
+        split["vision"][:] = 0
+    loaded = data.load("mosi", written(tmp_path, made))
+    monkeypatch.setattr(evaluation, "pooled_clips", lambda *of: asked.append(of[2]) or pooled_clips(*of))
+    evaluation.fit_linear(loaded, "regression")
+    assert asked == ["lav", "l", "a", "la"]         # the first of training
+
+
 @pytest.mark.parametrize("change, more, said", [
     ({"format": 3}, [], "another version"),
     ({"width": 3_000_000}, [], NOT_OURS),
@@ -412,7 +423,8 @@ def test_a_reader_who_stops_reading_sees_no_traceback(copied):
     """As with | head. The exit code tells a script so."""
     command = f"set -o pipefail; {sys.executable} eval.py {copied} --device cpu | head -2"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 141 and len(done.stdout.splitlines()) == 2 and "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert done.returncode == 141 and len(done.stdout.splitlines()) == 2
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 def test_the_figure_has_a_panel_for_each_metric(trained, tmp_path, comparable, monkeypatch, capsys):
