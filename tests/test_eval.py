@@ -420,11 +420,10 @@ def test_a_full_disk_leaves_the_results_of_before(copied, monkeypatch, capsys):
 
 
 def test_a_reader_who_stops_reading_sees_no_traceback(copied):
-    """As with | head. The exit code tells a script so."""
-    command = f"set -o pipefail; {sys.executable} eval.py {copied} --device cpu | head -2"
+    """As with | head, here before the first line. The exit code tells a script so."""
+    command = f"set -o pipefail; {sys.executable} eval.py {copied} --device cpu | true"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 141 and len(done.stdout.splitlines()) == 2
-    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert done.returncode == 141 and "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 def test_the_figure_has_a_panel_for_each_metric(trained, tmp_path, comparable, monkeypatch, capsys):
