@@ -482,7 +482,7 @@ MISTAKES = [
     (f"{FEATURES} --official x", "--official is for"),
     ("--synthetic --ablate all no_sdc", "no_sdc: corrkd has the ablations no_scd"),
     ("--synthetic --ablate margin=wide", "margin is of type float"),
-    ("--synthetic --ablate margin=-1.0", "margin is of type float"),
+    ("--synthetic --limit 40 --epochs 1 --ablate margin=-1.0", "margin is of type float"),
     ("--synthetic --ablate layers=0", "layers is of type int"),
     ("--synthetic --ablate scd_raw=1", "scd_raw is of type bool"),
     ("--synthetic --ablate aligned=False", "settings NAME=VALUE"),
