@@ -922,7 +922,7 @@ def convert(path: Path, out: Path) -> None:
             with reading(path / name, advice), open_file(path / name) as raw, h5py.File(raw) as file:
                 own = isinstance(file.get("data", getlink=True), h5py.HardLink)
                 if not own or file["data"].external or file["data"].is_virtual:
-                    raise ValueError("its numbers lie in another file")
+                    raise ValueError("it has no dataset `data` of its own")
                 arrays.append(file["data"][()].astype(np.float32).reshape(shape))
         x, labels = arrays
         content[s] = dict(zip(STREAMS, np.split(x, (300, 305), axis=2)), labels=labels)

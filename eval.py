@@ -65,7 +65,7 @@ METHODS = {"umdf": umdf, "corrkd": corrkd, "double_flow": double_flow}
 #     encode(name, stream, real)              -> (B, d), h being the three side by side; else encode = None
 AGAIN = "It is not as this train.py writes it: remove it, and the same train.py command makes it again."
 ENTRIES = ("run", "load", "stats", "linear", "epoch", "model")      # what model.pt holds
-FORMAT = 5              # of run records: those of another one are refused
+FORMAT = 6              # of run records: those of another one are refused
 TITLES = {"l": "{l}", "a": "{a}", "v": "{v}", "la": "{l,a}", "lv": "{l,v}", "av": "{a,v}", "avg": "Avg.",
           "lav": "{l,a,v}"}         # column -> its title in the table of available streams
 SHOWN = ("happy", "sad", "angry", "neutral")    # the papers' order of emotions
@@ -407,12 +407,13 @@ def best_streams(linear: dict, task: str, valid: dict, h: dict) -> list[int]:
     for c, pooled in h.items():
         own = sum(1 << i for i, m in enumerate(STREAMS) if m in data.SETS[c])
         scores = {}
-        for streams in range(own, 0, -1):
+        for streams in sorted(range(1, own + 1), key=int.bit_count, reverse=True):
             if streams & own == streams:
-                weight, bias = (linear[name][[streams] * 8] for name in ("weight", "bias"))
+                reads[own] = streams
+                weight, bias = (linear[name][reads] for name in ("weight", "bias"))
                 output = Linear(task, weight, bias, linear["widths"]).classify(pooled)
                 scores[streams] = score(measure(task, valid, {c: output}))
-        reads[own] = max(scores, key=scores.get)        # all of them, where others are no better
+        reads[own] = max(scores, key=scores.get)        # of equals the one with the most streams
     return reads
 
 

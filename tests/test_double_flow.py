@@ -263,8 +263,8 @@ def test_each_clip_takes_the_flow_that_its_text_asks_for(dims):
 
 
 def test_carried_simulated_text_goes_with_its_audio():
-    model, (x, real) = model_of(dims=CARRIED).double().eval(), clips(dims=CARRIED)
     """Of each clip; here the last two have none."""
+    model, (x, real) = model_of(dims=CARRIED).double().eval(), clips(dims=CARRIED)
     heard = torch.tensor([True, True, True, False, False])
     silent = {**x, "text": x["text"] * 0, "audio": x["audio"] * heard[:, None, None]}
     other = {**silent, "simulated_text": torch.randn_like(x["simulated_text"])}

@@ -176,8 +176,11 @@ def test_what_a_run_was_made_by_is_written_down(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
     assert train.commit() == "unknown"
     if shutil.which("git"):
+        for name in [name for name in os.environ if name.startswith("GIT_")]:
+            monkeypatch.delenv(name)
         (tmp_path / "train.py").touch()
-        git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+        settings = "user.name=a", "user.email=a@b", "commit.gpgsign=false", f"core.hooksPath={os.devnull}"
+        git = ["git", *(word for setting in settings for word in ("-c", setting))]
         for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
             subprocess.run([*git, *command], cwd=tmp_path, check=True)
         clean = train.commit()
