@@ -79,11 +79,11 @@ mean over these sets of streams; "la" is text and audio, with zeros for vision.
 
 real is True from a clip's first frame to its last, missing frames between them too; at test as well it is that
 of the whole clip. `frames` makes it of whole clips, padded in front (MulT, MultiBench) or behind with zeros.
-Unaligned streams have a mask each, {m: frames(x) for m, x in complete.items()}. By lengths:
+Unaligned streams have a mask each, {m: frames(x) for m, x in complete.items()}. A stream's by lengths:
 torch.arange(T) < lengths[:, None] if padded behind, torch.arange(T) >= T - lengths[:, None] if in front.
 Without real padding counts as frames: the answers change unnoticed. For a stream that you do not have say
 width 1 and give zeros (B, T, 1); without vision the sets are 1 to 3: randint_like(..., 1, 4),
-enumerate(("text", "audio")), and validate takes l, a and la.
+enumerate(("text", "audio")), and validate takes l, a and la, the teacher's la.
 
 Standardise first: by the mean and deviation of each feature over the training split's frames that are not all
 zeros (a deviation of 0 is 1); clamp to +-5, and set frames of zeros to zero again. With audio scaled by 100,

@@ -85,7 +85,7 @@ forward takes it as its last argument.
 
 real is True from a clip's first frame to its last, missing frames between them too; at test as well it is that
 of the whole clip. `frames` makes it of whole clips, padded in front (MulT, MultiBench) or behind with zeros.
-Unaligned streams have a mask each, {m: frames(x) for m, x in complete.items()}. By lengths:
+Unaligned streams have a mask each, {m: frames(x) for m, x in complete.items()}. A stream's by lengths:
 torch.arange(T) < lengths[:, None] if padded behind, torch.arange(T) >= T - lengths[:, None] if in front.
 Without real padding counts as frames: the answers change unnoticed. For a stream that you do not have say
 width 1 and give zeros (B, T, 1).

@@ -27,8 +27,8 @@ LayerNorm; FFN = Linear, ReLU, Linear; GAP = global average pooling, the mean ov
 attention and means leave padding out, so that no answer depends on the longest clip of a batch.
 
   (1) F_m = Transformer_m(sqrt(d) Conv1d_k3(X_m) + PE(T_m, d))  in R^(T_m x d)             Encoder
-      as CorrKD's, by the same authors, so that the methods compare; depth, pre-LayerNorm,
-      dropout outside attention and a kernel without bias are open there too
+      two Blocks with y = x, then LN: as CorrKD's, by the same authors, so that the methods compare;
+      depth, pre-LayerNorm, dropout outside attention and a kernel without bias are open there too
   (2) Block(x; y) = u + FFN(LN(u)),  u = x + Attention(q = LN(x), k = v = LN(y)),  FFN 4d  Block
   (3) C_m = Block_m(F_m; [F_text; F_audio; F_vision])  joined in time: coarse              UMDF.interact
   (4) Z_m = 1/3 sum_n Block_nm(C_m; C_n)  fine; n = m is the modality itself               UMDF.interact
@@ -40,7 +40,7 @@ attention and means leave padding out, so that no answer depends on the longest 
   (7) y = W2 relu(W1 H + b1) + b2,  3d -> 3d -> outputs                                    UMDF.classify
   (8) rep = 1/2 1/(3d) (|H^m - sg H^c|^2 + |H^c - sg H^m|^2)                               both_ways
   (9) resp = 1/2 (D(sg y^c, y^m) + D(sg y^m, y^c))                              both_ways, divergence
-      D(t, s): (t - s)^2 for regression, KL(softmax t || softmax s) for classification
+      D(u, v): (u - v)^2 for regression, KL(softmax u || softmax v) for classification
   (10) total = task(y^c) + task(y^m) + rep + resp,  task: squared error or cross-entropy   UMDF.losses
       all weights are 1, as CorrKD's; means over four decisions for emotions
 
@@ -83,7 +83,7 @@ C - 1, logits (B, C). Of a sentiment y two classes are (y > 0).long(), without t
 real is True from a clip's first frame to its last, missing frames between them too; at test as well it is that
 of the whole clip. `frames` makes it of whole clips, padded in front (MulT, MultiBench) or behind with zeros.
 Unaligned streams have a mask each, {m: frames(x) for m, x in complete.items()}, and
-UMDF(..., Config(aligned=False)). By lengths:
+UMDF(..., Config(aligned=False)). A stream's by lengths:
 torch.arange(T) < lengths[:, None] if padded behind, torch.arange(T) >= T - lengths[:, None] if in front.
 Without real padding counts as frames: the answers change unnoticed. For a stream that you do not have say
 width 1 and give zeros (B, T, 1); without vision the sets are 1 to 3: randint_like(..., 1, 4),
@@ -264,7 +264,7 @@ class Encoder(nn.Module):
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """D in (9) for classes: KL(softmax t || softmax s), the mean over all but the last dimension, C."""
+    """D in (9) for classes: KL(softmax teacher || softmax student), the mean over all but the last dimension, C."""
     check_shape("student", student, teacher.shape)
     kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none")
     return kl.sum(-1).mean()
