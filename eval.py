@@ -118,17 +118,16 @@ def evaluate_run(folder: Path, checkpoint: dict, loaded: dict, args, device) -> 
               f"answers to its {len(split['real']['text'])} clips are in predictions.csv")
         return None
 
-    all_outputs = {"conditions": outputs, "linear": {}}
+    clips = counted(task, split, outputs)
+    clips["units"] = units(split["id"], len(split["label"]))
+    clips["linear"] = {}
     if checkpoint["linear"]:
-        linear = Linear(task, **checkpoint["linear"])
-        all_outputs["linear"] = predict(linear, split, conditions, args.split, args.mask_seed)
-    index, truth = (part.cpu().numpy() for part in targets(split["label"], task))
-    clips = {"truth": truth, "index": index, "units": units(split["id"], len(split["label"]))}
-    for part, of_part in all_outputs.items():
-        clips[part] = {str(c): answers(task, output[index]).numpy() for c, output in of_part.items()}
+        outputs = predict(Linear(task, **checkpoint["linear"]), split, conditions, args.split, args.mask_seed)
+        clips["linear"] = counted(task, split, outputs)["conditions"]
     dataset = loaded["dataset"]
     if dataset != run["dataset"]:
         dataset += f", trained on {run['dataset']}"
+    truth = clips["truth"]
     always = metrics(task, np.broadcast_to(np.array(run["constant"]), truth.shape), truth)
     result = {
         "run": run,
@@ -140,8 +139,8 @@ def evaluate_run(folder: Path, checkpoint: dict, loaded: dict, args, device) -> 
         "mask_seed": args.mask_seed,
         "data": loaded["source"],
         "lacking": loaded["lacking"],
-        "conditions": measure(task, split, all_outputs["conditions"]),
-        "linear": measure(task, split, all_outputs["linear"]),
+        "conditions": measure(task, clips, "conditions"),
+        "linear": measure(task, clips, "linear"),
         "constant": {str(c): always for c in conditions},
     }
     without_nan = json.loads(json.dumps(result), parse_constant=lambda _: None)      # strict JSON has no NaN
@@ -199,17 +198,21 @@ def prediction_lines(task: str, split: dict, outputs: dict) -> tuple[tuple, list
 
 def evaluate(model, task: str, split: dict, conditions, split_name: str, mask_seed: int = 0) -> dict:
     """str(condition) -> {"n": clips that count, metric: value}."""
-    return measure(task, split, predict(model, split, conditions, split_name, mask_seed))
+    return measure(task, counted(task, split, predict(model, split, conditions, split_name, mask_seed)))
 
 
-def measure(task: str, split: dict, outputs: dict) -> dict:
-    """evaluate's result, from the outputs of `predict`."""
+def counted(task: str, split: dict, outputs: dict) -> dict:
+    """The clips that count, as numpy arrays: index, their places in the split; truth, what they are; conditions,
+    str(condition) -> the answers to them, from the outputs of `predict`."""
     index, truth = (part.cpu() for part in targets(split["label"], task))
-    results = {}
-    for condition, output in outputs.items():
-        values = metrics(task, answers(task, output[index]).numpy(), truth.numpy())
-        results[str(condition)] = {"n": len(truth), **values}
-    return results
+    by_condition = {str(c): answers(task, output[index]).numpy() for c, output in outputs.items()}
+    return {"index": index.numpy(), "truth": truth.numpy(), "conditions": by_condition}
+
+
+def measure(task: str, clips: dict, part: str = "conditions") -> dict:
+    """evaluate's result, from what `counted` returns."""
+    truth = clips["truth"]
+    return {c: {"n": len(truth), **metrics(task, answer, truth)} for c, answer in clips[part].items()}
 
 
 @torch.no_grad()
@@ -394,7 +397,7 @@ def fit_linear(loaded: dict, task: str) -> dict | None:
                 weight[number][:, columns] = torch.cholesky_solve(target[columns], factor).T
             linear = {"weight": weight, "bias": y_mean - weight @ x_mean, "widths": widths}
             outputs = {c: Linear(task, **linear).classify(pooled) for c, pooled in h.items()}
-            candidates.append((score(measure(task, valid, outputs)), linear))
+            candidates.append((score(measure(task, counted(task, valid, outputs))), linear))
     linear = max(candidates, key=lambda candidate: candidate[0])[1]
     reads = best_streams(linear, task, valid, h)
     return {**linear, "weight": linear["weight"][reads], "bias": linear["bias"][reads]}
@@ -412,7 +415,7 @@ def best_streams(linear: dict, task: str, valid: dict, h: dict) -> list[int]:
                 reads[own] = streams
                 weight, bias = (linear[name][reads] for name in ("weight", "bias"))
                 output = Linear(task, weight, bias, linear["widths"]).classify(pooled)
-                scores[streams] = score(measure(task, valid, {c: output}))
+                scores[streams] = score(measure(task, counted(task, valid, {c: output})))
         reads[own] = max(scores, key=scores.get)        # of equals the one with the most streams
     return reads
 
